@@ -1,0 +1,1 @@
+"""Segmenters that `BoxTeacher` can teach, one module each, on torchvision's parts."""

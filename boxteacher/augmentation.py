@@ -1,0 +1,28 @@
+"""The student's view: changed in colour and sharpness, never in geometry."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+
+class StrongAugmentation(nn.Module):
+    """Photometric augmentation, drawn for each image by itself and computed on the image's device.
+
+    Colour jitter (brightness, contrast, saturation 0.4, hue 0.1) with probability 0.8, greyscale with 0.2,
+    Gaussian blur (sigma 0.1 to 2 pixels) with 0.5, as in BoxTeacher, Sec. 4.1.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transform = v2.Compose(
+            [
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+                v2.RandomGrayscale(p=0.2),
+                v2.RandomApply([v2.GaussianBlur(kernel_size=9, sigma=(0.1, 2.0))], p=0.5),
+            ]
+        )
+
+    def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Images (3, H_i, W_i), RGB in [0, 1], to as many of the same sizes and range."""
+        return [self.transform(image) for image in images]

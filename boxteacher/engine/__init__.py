@@ -1,0 +1,1 @@
+"""Training, evaluation and prediction: plain users of the core."""

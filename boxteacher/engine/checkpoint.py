@@ -1,0 +1,86 @@
+"""A trained segmenter in a file, with all that is needed to build and to use it."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from boxteacher.engine.files import write_atomically
+from boxteacher.engine.segmenters import build_segmenter
+from boxteacher.errors import InputError
+
+_FORMAT = "boxteacher segmenter 1"
+
+
+@dataclass(frozen=True)
+class SegmenterInfo:
+    """What a checkpoint says of its segmenter.
+
+    Attributes:
+        model: name that `build_segmenter` knows.
+        backbone: name of its backbone.
+        image_size: longest side of the images in pixels that it was trained with.
+        class_names: of labels 0 … C−1.
+        category_ids: COCO category id of each label.
+    """
+
+    model: str
+    backbone: str
+    image_size: int
+    class_names: list[str]
+    category_ids: list[int]
+
+
+def save_checkpoint(path: Path, segmenter: nn.Module, info: SegmenterInfo) -> None:
+    """Writes the segmenter's weights and description; a crash leaves the former file as it was."""
+    content = {"format": _FORMAT, "info": asdict(info), "weights": segmenter.state_dict()}
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def load_checkpoint(path: Path) -> tuple[nn.Module, SegmenterInfo]:
+    """Builds the segmenter of a checkpoint, in evaluation mode, on the CPU.
+
+    Raises:
+        InputError: the file is missing, broken, or not a checkpoint of this library, or holds the weights
+            of another model than it says.
+    """
+    content = _read(path)
+    info = SegmenterInfo(**content["info"])
+    segmenter = build_segmenter(
+        info.model,
+        len(info.class_names),
+        backbone=info.backbone,
+        weights="none",
+        image_size=info.image_size,
+    )
+    weights: dict[str, Tensor] = content["weights"]
+    wanted = segmenter.state_dict()
+    unfit = [key for key in wanted if key not in weights or weights[key].shape != wanted[key].shape]
+    unfit += [key for key in weights if key not in wanted]
+    if unfit:
+        raise InputError(
+            f"{path}: {len(unfit)} entries are not those of {info.model} with {info.backbone}, such as "
+            f"{unfit[0]}; give a checkpoint of that model, as `boxteacher train` writes it"
+        )
+    segmenter.load_state_dict(weights)
+    return segmenter.eval(), info
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a checkpoint that `boxteacher train` wrote")
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - torch.load raises whatever the broken byte leads to
+        raise InputError(
+            f"{path}: cannot be read as a checkpoint ({type(error).__name__}); it is truncated or not one: "
+            "copy it again or train anew"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise InputError(
+            f"{path}: not a checkpoint of `boxteacher train`; give RUN/last.pt, or pass backbone weights to "
+            "`boxteacher train --weights`"
+        )
+    return content

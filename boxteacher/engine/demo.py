@@ -1,0 +1,62 @@
+"""The demonstration: a data set of its own, boxes alone, masks in a few minutes."""
+
+from pathlib import Path
+
+import torch
+from torchvision.io import write_png
+
+from boxteacher.data import CocoInstances, evaluation_transform, find_split, write_shapes
+from boxteacher.engine.checkpoint import load_checkpoint
+from boxteacher.engine.drawing import contact_sheet, draw_detections
+from boxteacher.engine.evaluate import Evaluation, evaluate
+from boxteacher.engine.train import TrainSettings, train
+
+_PICTURES = 12
+
+
+def run_demo(output: Path, *, steps: int) -> tuple[Evaluation, Path]:
+    """Draws `output/data`, trains CondInst on its boxes in `output/run`, evaluates, and draws masks.
+
+    Returns:
+        The evaluation, and the path of the picture.
+
+    Raises:
+        InputError: `output` holds something else.
+    """
+    data = output / "data"
+    write_shapes(data)
+    settings = TrainSettings(
+        model="condinst",
+        backbone="resnet18",
+        data=data,
+        output=output / "run",
+        steps=steps,
+        batch_size=8,
+        image_size=128,
+        lr=1e-3,
+        weights="none",
+        workers=0,
+    )
+    checkpoint = train(settings)
+    evaluation = evaluate(checkpoint, data, workers=0)
+    picture = output / "masks.png"
+    write_png(_sheet(checkpoint, data), str(picture))
+    return evaluation, picture
+
+
+@torch.inference_mode()
+def _sheet(checkpoint: Path, data: Path) -> torch.Tensor:
+    segmenter, info = load_checkpoint(checkpoint)
+    split = find_split(data, "val")
+    images = CocoInstances(
+        split.images, split.annotations, transform=evaluation_transform(2 * info.image_size)
+    )
+    pictures = []
+    for index in range(min(_PICTURES, len(images))):
+        large, _ = images[index]
+        small = torch.nn.functional.avg_pool2d(large, 2)
+        (detections,) = segmenter([small])
+        enlarged = torch.nn.functional.interpolate(detections["masks"], large.shape[-2:], mode="bilinear")
+        detections = {**detections, "boxes": detections["boxes"] * 2, "masks": enlarged}
+        pictures.append(draw_detections(large, detections, info.class_names, 0.5))
+    return contact_sheet(pictures, columns=4)

@@ -1,0 +1,59 @@
+"""Pictures of detections."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
+
+from boxteacher.protocol import Detections
+
+_PALETTE = (
+    (230, 25, 75),
+    (60, 180, 75),
+    (0, 130, 200),
+    (245, 130, 48),
+    (145, 30, 180),
+    (70, 240, 240),
+    (240, 50, 230),
+    (210, 245, 60),
+    (250, 190, 212),
+    (0, 128, 128),
+)
+
+
+def draw_detections(
+    image: Tensor, detections: Detections, class_names: Sequence[str], score_threshold: float
+) -> Tensor:
+    """The image with the masks, boxes, classes and scores of its detections, a colour for each.
+
+    Args:
+        image: (3, H, W), RGB in [0, 1].
+        detections: of this image at this size.
+        class_names: of labels 0 … C−1.
+        score_threshold: detections below it are left out.
+
+    Returns:
+        (3, H, W) uint8.
+    """
+    picture = (image.cpu().clamp(0, 1) * 255).to(torch.uint8)
+    shown = detections["scores"] >= score_threshold
+    masks = (detections["masks"][shown, 0] > 0.5).cpu()  # (K, H, W)
+    boxes = detections["boxes"][shown].cpu()  # (K, 4)
+    if len(boxes) == 0:
+        return picture
+    colors = [_PALETTE[i % len(_PALETTE)] for i in range(len(boxes))]
+    rows = zip(detections["labels"][shown].tolist(), detections["scores"][shown].tolist(), strict=True)
+    captions = [f"{class_names[label]} {score:.2f}" for label, score in rows]
+    picture = draw_segmentation_masks(picture, masks, alpha=0.5, colors=colors)
+    return draw_bounding_boxes(picture, boxes, labels=captions, colors=colors)
+
+
+def contact_sheet(pictures: Sequence[Tensor], columns: int) -> Tensor:
+    """Pictures (3, H_i, W_i) uint8 in rows of `columns`, one picture (3, H, W) uint8."""
+    height = max(picture.shape[1] for picture in pictures)
+    width = max(picture.shape[2] for picture in pictures)
+    canvas = torch.full((len(pictures), 3, height, width), 255, dtype=torch.uint8)
+    for tile, picture in zip(canvas, pictures, strict=True):
+        tile[:, : picture.shape[1], : picture.shape[2]] = picture
+    return make_grid(canvas, nrow=columns, padding=4, pad_value=255)

@@ -1,0 +1,163 @@
+"""COCO's average precision of a segmenter on a data set."""
+
+import contextlib
+import io
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.ops import box_convert
+
+from boxteacher.data import CocoInstances, collate, evaluation_transform, find_split
+from boxteacher.engine.checkpoint import SegmenterInfo, load_checkpoint
+from boxteacher.engine.devices import pick_device
+from boxteacher.engine.files import write_atomically
+from boxteacher.protocol import Detections
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """COCO's tables as text, and AP, AP50 and AP75 in percent: `{"segm": {...} | None, "bbox": {...}}`.
+
+    `segm` is None where the annotations have no masks to compare with.
+    """
+
+    table: str
+    metrics: dict[str, dict[str, float] | None]
+
+
+def evaluate(checkpoint: Path, data: Path, *, device: str = "auto", workers: int = 2) -> Evaluation:
+    """Evaluates a checkpoint on the validation split of `data`; `metrics.json` beside it keeps the figures.
+
+    Raises:
+        InputError: the checkpoint or the data cannot be used.
+    """
+    segmenter, info = load_checkpoint(checkpoint)
+    target_device = pick_device(device)
+    split = find_split(data, "val")
+    dataset = CocoInstances(
+        split.images,
+        split.annotations,
+        transform=evaluation_transform(info.image_size),
+        category_ids=info.category_ids,
+    )
+    results = _results(segmenter.to(target_device), dataset, info, workers)
+    evaluation = coco_evaluation(split.annotations, results)
+    text = json.dumps(evaluation.metrics) + "\n"
+    write_atomically(checkpoint.parent / "metrics.json", lambda path: path.write_text(text))
+    return evaluation
+
+
+def coco_results(
+    detections: Detections, image_id: int, size: tuple[int, int], category_ids: list[int]
+) -> list[dict[str, Any]]:
+    """One image's detections as COCO results, at the stored image's size.
+
+    Args:
+        detections: of the image, possibly at another scale.
+        image_id: COCO's.
+        size: height and width of the stored image in pixels.
+        category_ids: COCO category id of each label.
+    """
+    height, width = size
+    masks = detections["masks"]  # (K, 1, h, w)
+    scale = detections["boxes"].new_tensor([width / masks.shape[-1], height / masks.shape[-2]]).repeat(2)
+    boxes = box_convert(detections["boxes"] * scale, "xyxy", "xywh").cpu().tolist()
+    rows = zip(
+        boxes,
+        detections["scores"].cpu().tolist(),
+        detections["labels"].cpu().tolist(),
+        _rles(masks, size),
+        strict=True,
+    )
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[label],
+            "bbox": [round(value, 2) for value in box],
+            "score": score,
+            "segmentation": rle,
+        }
+        for box, score, label, rle in rows
+    ]
+
+
+def coco_evaluation(annotations: Path, results: list[dict[str, Any]]) -> Evaluation:
+    """COCO's evaluation of results against an annotation file.
+
+    Args:
+        annotations: COCO JSON; masks are compared only if every annotation has one.
+        results: as `coco_results` makes them.
+    """
+    content = json.loads(annotations.read_text())
+    has_masks = all(record.get("segmentation") for record in content["annotations"])
+    if not has_masks:
+        logger.warning(
+            "%s: not every annotation has a segmentation, so only boxes are evaluated", annotations
+        )
+    for record in content["annotations"]:
+        record.setdefault("iscrowd", 0)
+        record.setdefault("area", record["bbox"][2] * record["bbox"][3])
+    tables, metrics = [], {}
+    for kind in ("segm", "bbox") if has_masks else ("bbox",):
+        table, metrics[kind] = _coco_table(content, results, kind)
+        tables.append(f"{'Masks' if kind == 'segm' else 'Boxes'}\n{table}")
+    return Evaluation("\n".join(tables), {"segm": metrics.get("segm"), "bbox": metrics["bbox"]})
+
+
+@torch.inference_mode()
+def _results(
+    segmenter: nn.Module, dataset: CocoInstances, info: SegmenterInfo, workers: int
+) -> list[dict[str, Any]]:
+    device = next(segmenter.parameters()).device
+    loader = DataLoader(dataset, batch_size=1, num_workers=workers, collate_fn=collate)
+    results = []
+    for index, (images, targets) in enumerate(loader):
+        (detections,) = segmenter([image.to(device) for image in images])
+        size = dataset.sizes[index]
+        results += coco_results(detections, targets[0]["image_id"], size, info.category_ids)
+    return results
+
+
+def _rles(masks: Tensor, size: tuple[int, int]) -> list[dict[str, Any]]:
+    """Mask probabilities (K, 1, h, w) as run lengths at another size."""
+    rles = []
+    for mask in masks.split(16):  # a hundred masks of a large photograph at once would take gigabytes
+        enlarged = F.interpolate(mask.float(), size, mode="bilinear", align_corners=False)[:, 0] > 0.5
+        columns = np.asfortranarray(enlarged.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
+        rles += mask_utils.encode(columns)
+    return [{"size": list(rle["size"]), "counts": rle["counts"].decode()} for rle in rles]
+
+
+def _coco_table(
+    content: dict[str, Any], results: list[dict[str, Any]], kind: str
+) -> tuple[str, dict[str, float]]:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):  # pycocotools prints
+        truth = COCO()
+        truth.dataset = content
+        truth.createIndex()
+        found = truth.loadRes(results) if results else COCO()
+        if not results:
+            found.dataset = {**content, "annotations": []}
+            found.createIndex()
+        evaluation = COCOeval(truth, found, kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        printed.truncate(0)
+        printed.seek(0)
+        evaluation.summarize()
+    ap, ap50, ap75 = (round(100 * float(value), 2) for value in evaluation.stats[:3])
+    return printed.getvalue().rstrip(), {"AP": ap, "AP50": ap50, "AP75": ap75}

@@ -1,0 +1,75 @@
+"""Masks for pictures: drawn on them, and as COCO results."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.io import write_png
+
+from boxteacher.data.images import read_image
+from boxteacher.data.transforms import ResizeLongestSide
+from boxteacher.engine.checkpoint import SegmenterInfo, load_checkpoint
+from boxteacher.engine.devices import pick_device
+from boxteacher.engine.drawing import draw_detections
+from boxteacher.engine.evaluate import coco_results
+from boxteacher.engine.files import write_atomically
+from boxteacher.errors import InputError
+
+
+def predict(
+    checkpoint: Path,
+    images: Sequence[Path],
+    output: Path,
+    *,
+    score_threshold: float = 0.5,
+    device: str = "auto",
+) -> Path:
+    """Draws masks on images and writes them to `output/NAME.png`, with `output/results.json` beside them.
+
+    `results.json` holds COCO results; `image_id` counts the images from 0 and `file_name` names them.
+
+    Args:
+        checkpoint: as `train` writes it.
+        images: files; names must differ.
+        output: folder, made if missing.
+        score_threshold: detections below it are neither drawn nor written.
+        device: see `pick_device`.
+
+    Returns:
+        The path of `results.json`.
+
+    Raises:
+        InputError: the checkpoint or an image cannot be used; nothing has been written.
+    """
+    names = [image.stem for image in images]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"two images are named {twice!r}, as their pictures would be: predict them apart")
+    segmenter, info = load_checkpoint(checkpoint)
+    segmenter.to(pick_device(device))
+    pictures = [read_image(path) for path in images]
+    output.mkdir(parents=True, exist_ok=True)
+    results = []
+    for image_id, (path, image) in enumerate(zip(images, pictures, strict=True)):
+        small, detections = detect(segmenter, image, info)
+        kept = detections["scores"] >= score_threshold
+        detections = {key: value[kept] for key, value in detections.items()}
+        drawn = draw_detections(small, detections, info.class_names, score_threshold)
+        write_png(drawn, str(output / f"{path.stem}.png"))
+        size = (image.shape[-2], image.shape[-1])
+        rows = coco_results(detections, image_id, size, info.category_ids)
+        results += [{"file_name": str(path), **row} for row in rows]
+    file = output / "results.json"
+    write_atomically(file, lambda temporary: temporary.write_text(json.dumps(results) + "\n"))
+    return file
+
+
+@torch.inference_mode()
+def detect(segmenter: nn.Module, image: Tensor, info: SegmenterInfo) -> tuple[Tensor, dict[str, Tensor]]:
+    """An image (3, H, W) at the size that the segmenter was trained with, and its detections there."""
+    small, _ = ResizeLongestSide(info.image_size, info.image_size)(image, {})
+    small = small.as_subclass(Tensor).to(next(segmenter.parameters()).device)
+    (detections,) = segmenter([small])
+    return small, detections

@@ -1,0 +1,99 @@
+"""What a run tells while it runs: a progress bar, `log.jsonl`, and TensorBoard where it is installed."""
+
+import importlib.util
+import json
+import logging
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_SMOOTHING = 0.95
+_LINES_PER_RUN = 20
+
+
+class TrainingLog:
+    """Writes every step to `RUN/log.jsonl`, shows progress, and feeds TensorBoard in `RUN/tensorboard`.
+
+    With tqdm (extra `train`) progress is a bar, without it a log line now and then.
+
+    Args:
+        output: folder of the run; it exists.
+        steps: of the whole run.
+    """
+
+    def __init__(self, output: Path, steps: int) -> None:
+        self._steps = steps
+        self._file = (output / "log.jsonl").open("w")
+        self._bar = _progress_bar(steps)
+        self._board = _tensorboard(output / "tensorboard")
+        self._start = time.perf_counter()
+        self._smooth: dict[str, float] = {}
+
+    def __enter__(self) -> "TrainingLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        if self._bar is not None:
+            self._bar.close()
+        if self._board is not None:
+            self._board.close()
+
+    def write(self, step: int, losses: dict[str, float], lr: float, pseudo_masks: dict[str, float]) -> None:
+        """Takes one step's numbers.
+
+        Args:
+            step: 1 … steps.
+            losses: by name, without their sum.
+            lr: learning rate of this step.
+            pseudo_masks: their number and mean confidence in this step, or nothing.
+        """
+        numbers = {"loss": sum(losses.values()), **losses, **pseudo_masks}
+        seconds = time.perf_counter() - self._start
+        line = {"step": step, **_rounded(numbers), "lr": lr, "seconds": round(seconds, 2)}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in {**numbers, "lr": lr}.items():
+                self._board.add_scalar(name, value, step)
+        for name, value in numbers.items():
+            self._smooth[name] = _SMOOTHING * self._smooth.get(name, value) + (1 - _SMOOTHING) * value
+        self._show(step, seconds)
+
+    def _show(self, step: int, seconds: float) -> None:
+        short = {name.removeprefix("loss_")[:10]: f"{value:.3g}" for name, value in self._smooth.items()}
+        if self._bar is not None:
+            self._bar.set_postfix(short, refresh=False)
+            self._bar.update()
+        elif step % max(1, self._steps // _LINES_PER_RUN) == 0:
+            left = seconds / step * (self._steps - step)
+            numbers = " ".join(f"{name}={value}" for name, value in short.items())
+            logger.info("step %d/%d, %.0f s left: %s", step, self._steps, left, numbers)
+
+
+def _rounded(numbers: dict[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.6g}") for name, value in numbers.items()}
+
+
+def _progress_bar(steps: int) -> Any:
+    if importlib.util.find_spec("tqdm") is None:
+        return None
+    from tqdm import tqdm
+
+    return tqdm(total=steps, unit="step", dynamic_ncols=True, mininterval=1.0)
+
+
+def _tensorboard(folder: Path) -> Any:
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder))

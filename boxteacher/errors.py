@@ -1,0 +1,9 @@
+"""The one exception for what a user can mend."""
+
+
+class InputError(ValueError):
+    """Something that the user gave cannot be used: a file, a record in it, or a setting.
+
+    The message is one line that names the thing, its value and the remedy. The command line prints it
+    without a stack trace.
+    """

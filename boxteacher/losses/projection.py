@@ -1,0 +1,20 @@
+"""Projection loss: a mask and its box cast the same shadow on both axes."""
+
+from torch import Tensor
+
+from boxteacher.losses.dice import dice_loss
+
+
+def projection_loss(mask_logits: Tensor, box_masks: Tensor) -> Tensor:
+    """Dice between the mask's and the box's max-projections, both axes added (BoxInst, Eq. 2 and 3).
+
+    Args:
+        mask_logits: (M, h, w).
+        box_masks: (M, h, w), the box of each mask's target.
+
+    Returns:
+        (M,) in [0, 2].
+    """
+    probabilities = mask_logits.float().sigmoid()  # (M, h, w)
+    boxes = box_masks.float()
+    return dice_loss(probabilities.amax(1), boxes.amax(1)) + dice_loss(probabilities.amax(2), boxes.amax(2))

@@ -1,0 +1,214 @@
+"""What every kind of supervision shares, and the two plain kinds: from boxes and colours, from masks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from boxteacher.losses import (
+    color_pair_selection,
+    color_pairwise_loss,
+    noise_aware_pixel_loss,
+    pair_sums,
+    projection_loss,
+)
+from boxteacher.losses.pairs import PairSelection
+from boxteacher.protocol import Detections, MaskPredictions, PseudoMaskProvider, Target
+from boxteacher.steps import StepCounter
+from boxteacher.targets import GridTargets, color_similarity, grid_targets
+from boxteacher.validation import check_batch, check_provider_methods
+
+
+class Supervision(nn.Module):
+    """A segmenter together with the losses that teach it masks; called like a torchvision detector.
+
+    `model(images, targets)` in training mode returns a dict of scalar losses whose sum is to be minimised;
+    `model(images)` in evaluation mode returns detections. A subclass says what the masks learn from.
+
+    Args:
+        student: the segmenter that is trained.
+
+    Raises:
+        TypeError: `student` lacks a part of `PseudoMaskProvider`; the message names it.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        check_provider_methods(student)
+        self.student = student
+        self._counter = StepCounter(student)
+
+    def forward(
+        self, images: list[Tensor], targets: list[Target] | None = None
+    ) -> dict[str, Tensor] | list[Detections]:
+        """Losses in training mode, detections in evaluation mode.
+
+        Args:
+            images: (3, H_i, W_i) each, RGB in [0, 1].
+            targets: one per image; needed in training mode.
+
+        Raises:
+            InputError: images and targets do not fit together.
+        """
+        self._settle()
+        if not self.training:
+            return self.segmenter(images)
+        targets = check_batch(images, targets)
+        provider = self._provider
+        grid = grid_targets(images, targets, provider.mask_stride, provider.size_divisor)
+        lessons = self._prepare(images, grid)
+        output = provider.forward_student(self._student_view(images), targets)
+        rounds = [self._mask_losses(predictions, grid, lessons) for predictions in output.masks]
+        return {**output.losses, **_mean(rounds)}
+
+    @property
+    def segmenter(self) -> nn.Module:
+        """The network that evaluation uses."""
+        return self.student
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps that the student has taken; what warm-ups are measured in."""
+        self._settle()
+        return self._counter.steps
+
+    def export(self) -> nn.Module:
+        """A copy of the plain segmenter, in evaluation mode and without anything of the training."""
+        import copy
+
+        self._settle()
+        return copy.deepcopy(self.segmenter).requires_grad_(True).eval()
+
+    @property
+    def _provider(self) -> PseudoMaskProvider:
+        return self.student  # type: ignore[return-value]
+
+    def _prepare(self, images: list[Tensor], grid: GridTargets) -> Any:
+        """What the masks of this batch are to learn from, whatever the student answers."""
+        raise NotImplementedError
+
+    def _mask_losses(
+        self, predictions: MaskPredictions, grid: GridTargets, lessons: Any
+    ) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _student_view(self, images: list[Tensor]) -> list[Tensor]:
+        return images
+
+    def _settle(self) -> None:
+        """Brings everything that follows the student's weights up to date."""
+        self._counter.settle()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._settle()
+        return super().state_dict(*args, **kwargs)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self._counter.steps)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._counter.reset(int(state))
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return {**self.__dict__, "_counter": self._counter.steps}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        steps = state["_counter"]
+        self._counter = StepCounter(self.student)
+        self._counter.reset(steps)
+
+
+class BoxSupervised(Supervision):
+    """Masks from boxes and colours alone: BoxInst (CVPR 2021).
+
+    A mask must cast its box's shadow on both axes (projection loss), and neighbours of like colour must
+    bear the same label (colour-pairwise loss, with linear warm-up).
+
+    Args:
+        student: the segmenter that is trained.
+        color_threshold: least colour similarity of a pair, in (0, 1].
+        kernel_size: side of the window of neighbours on the mask grid, odd.
+        dilation: cells between neighbours in the window.
+        warmup_steps: optimizer steps over which the pairwise loss reaches its full weight.
+
+    Raises:
+        TypeError: `student` lacks a part of `PseudoMaskProvider`; the message names it.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        *,
+        color_threshold: float = 0.3,
+        kernel_size: int = 3,
+        dilation: int = 2,
+        warmup_steps: int = 10_000,
+    ) -> None:
+        super().__init__(student)
+        self.color_threshold = color_threshold
+        self.kernel_size = kernel_size
+        self.dilation = dilation
+        self.warmup_steps = warmup_steps
+
+    def _prepare(self, images: list[Tensor], grid: GridTargets) -> Any:
+        return self._color_similarity(images, grid)
+
+    def _mask_losses(
+        self, predictions: MaskPredictions, grid: GridTargets, lessons: Any
+    ) -> dict[str, Tensor]:
+        boxes = grid.box_masks[predictions.target_index]  # (M, h, w)
+        selection = self._color_pairs(predictions, grid, boxes, lessons)
+        sums, counts = pair_sums(predictions.logits, [selection], self.kernel_size, self.dilation)
+        return self._box_losses(predictions, boxes, sums[0], counts[0])
+
+    def _color_similarity(self, images: list[Tensor], grid: GridTargets) -> Tensor:
+        provider = self._provider
+        return color_similarity(
+            images, grid.valid, provider.mask_stride, provider.size_divisor, self.kernel_size, self.dilation
+        )
+
+    def _color_pairs(
+        self, predictions: MaskPredictions, grid: GridTargets, boxes: Tensor, similarity: Tensor
+    ) -> PairSelection:
+        image_index = grid.image_index[predictions.target_index]
+        return color_pair_selection(
+            boxes, similarity, image_index, self.color_threshold, self.kernel_size, self.dilation
+        )
+
+    def _box_losses(
+        self, predictions: MaskPredictions, boxes: Tensor, pair_sum: Tensor, pair_count: Tensor
+    ) -> dict[str, Tensor]:
+        projection = projection_loss(predictions.logits, boxes)  # (M,)
+        return {
+            "loss_projection": projection.sum() / max(len(projection), 1),
+            "loss_pairwise": color_pairwise_loss(pair_sum, pair_count) * self._warmup(self.warmup_steps),
+        }
+
+    def _warmup(self, steps: int) -> float:
+        """Linear from nearly 0 to 1 over the given number of optimizer steps."""
+        return min((self._counter.steps + 1) / max(steps, 1), 1.0)
+
+
+class MaskSupervised(Supervision):
+    """Masks from drawn masks: the fully supervised comparison, with the Dice loss on the mask grid.
+
+    Targets without a mask teach boxes and classes only.
+    """
+
+    def _prepare(self, images: list[Tensor], grid: GridTargets) -> None:
+        return None
+
+    def _mask_losses(
+        self, predictions: MaskPredictions, grid: GridTargets, lessons: Any
+    ) -> dict[str, Tensor]:
+        drawn = grid.masks[predictions.target_index]  # (M, h, w)
+        weight = grid.has_mask[predictions.target_index].float()  # (M,)
+        return {"loss_mask": noise_aware_pixel_loss(predictions.logits, drawn, weight)}
+
+
+def _mean(rounds: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    names = rounds[0] if rounds else ()
+    return {name: torch.stack([losses[name] for losses in rounds]).mean() for name in names}

@@ -1,0 +1,188 @@
+"""BoxTeacher: one training step, read from top to bottom."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from boxteacher.assignment import assign_greedily, match_quality
+from boxteacher.augmentation import StrongAugmentation
+from boxteacher.ema import ema_momentum, update_ema
+from boxteacher.losses import (
+    affinity_pair_selection,
+    noise_aware_pixel_loss,
+    noise_reduced_affinity_loss,
+    pair_sums,
+)
+from boxteacher.protocol import Candidates, MaskPredictions
+from boxteacher.scoring import ConfidenceFormula, mask_confidence, mask_quality, ranking_score
+from boxteacher.supervision import BoxSupervised
+from boxteacher.targets import GridTargets
+
+
+@dataclass(frozen=True)
+class PseudoMasks:
+    """What the teacher says of each target of a batch.
+
+    Attributes:
+        masks: (T, h, w) bool on the mask grid, inside the target's box; empty where there is none.
+        confidence: (T,) in [0, 1]; 0 where there is none, 1 for a mask that was drawn.
+    """
+
+    masks: Tensor
+    confidence: Tensor
+
+
+class BoxTeacher(BoxSupervised):
+    """Teaches a segmenter masks from boxes alone (BoxTeacher, CVPR 2023).
+
+    A teacher, whose weights are the exponential moving average of the student's, proposes masks; each is
+    assigned to a ground-truth box and given a mask-aware confidence. The student sees the images strongly
+    augmented and learns from boxes and colours (as in `BoxSupervised`) and from those pseudo masks. A target
+    with a drawn mask uses that one, with confidence 1.
+
+    The teacher keeps itself up to date: it follows once per optimizer step, whatever the training loop does
+    in between (gradient accumulation, steps that a gradient scaler skips).
+
+    Example:
+        >>> model = BoxTeacher(my_segmenter)  # doctest: +SKIP
+        >>> losses = model(images, targets)  # doctest: +SKIP
+        >>> sum(losses.values()).backward()  # doctest: +SKIP
+
+    Args:
+        student: the segmenter that is trained; it follows `PseudoMaskProvider`.
+        momentum: that the teacher's average approaches, in [0, 1].
+        iou_threshold: least IoU of a candidate's box with the box it is assigned to, in (0, 1].
+        score_threshold: candidates must score above it, in [0, 1).
+        mask_threshold: a cell belongs to a pseudo mask above this probability, in (0, 1).
+        confidence: formula of the mask-aware confidence, "released" or "paper" (see `mask_confidence`).
+        pixel_weight: of the noise-aware pixel loss.
+        affinity_weight: of the noise-reduced affinity loss.
+        affinity_threshold: least affinity of a pair, in (0, 1].
+        color_threshold: least colour similarity of a pair, in (0, 1].
+        kernel_size: side of the window of neighbours on the mask grid, odd.
+        dilation: cells between neighbours in the window.
+        warmup_steps: optimizer steps over which the colour-pairwise loss reaches its full weight.
+        pseudo_warmup_steps: the same for the two losses from pseudo masks; `warmup_steps` if not given.
+        augmentation: makes the student's view; photometric only. `StrongAugmentation()` if not given.
+        inference: whose detections evaluation returns, "teacher" or "student".
+
+    Raises:
+        TypeError: `student` lacks a part of `PseudoMaskProvider`; the message names it.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        *,
+        momentum: float = 0.999,
+        iou_threshold: float = 0.5,
+        score_threshold: float = 0.0,
+        mask_threshold: float = 0.5,
+        confidence: ConfidenceFormula = "released",
+        pixel_weight: float = 0.5,
+        affinity_weight: float = 0.1,
+        affinity_threshold: float = 0.5,
+        color_threshold: float = 0.3,
+        kernel_size: int = 3,
+        dilation: int = 2,
+        warmup_steps: int = 10_000,
+        pseudo_warmup_steps: int | None = None,
+        augmentation: nn.Module | None = None,
+        inference: Literal["teacher", "student"] = "teacher",
+    ) -> None:
+        super().__init__(
+            student,
+            color_threshold=color_threshold,
+            kernel_size=kernel_size,
+            dilation=dilation,
+            warmup_steps=warmup_steps,
+        )
+        self.momentum = momentum
+        self.iou_threshold = iou_threshold
+        self.score_threshold = score_threshold
+        self.mask_threshold = mask_threshold
+        self.confidence: ConfidenceFormula = confidence
+        self.pixel_weight = pixel_weight
+        self.affinity_weight = affinity_weight
+        self.affinity_threshold = affinity_threshold
+        self.pseudo_warmup_steps = warmup_steps if pseudo_warmup_steps is None else pseudo_warmup_steps
+        self.augmentation = StrongAugmentation() if augmentation is None else augmentation
+        self.inference = inference
+        self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
+        self.last_pseudo_masks: PseudoMasks | None = None
+
+    @property
+    def segmenter(self) -> nn.Module:
+        return self.teacher if self.inference == "teacher" else self.student
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "teacher":  # whoever looks at the teacher finds it up to date
+            self._settle()
+        return super().__getattr__(name)
+
+    def train(self, mode: bool = True) -> "BoxTeacher":
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def _settle(self) -> None:
+        step = self._counter.steps
+        if self._counter.settle():
+            update_ema(self.teacher, self.student, ema_momentum(step, self.momentum))
+
+    def _student_view(self, images: list[Tensor]) -> list[Tensor]:
+        return self.augmentation(images)
+
+    def _prepare(self, images: list[Tensor], grid: GridTargets) -> Any:
+        with torch.no_grad():
+            candidates = self.teacher.forward_teacher(images)  # type: ignore[operator]
+            self.last_pseudo_masks = self._pseudo_masks(candidates, grid)
+        return self._color_similarity(images, grid), self.last_pseudo_masks
+
+    def _pseudo_masks(self, candidates: Candidates, grid: GridTargets) -> PseudoMasks:
+        iou = match_quality(
+            candidates.boxes, candidates.image_index, grid.boxes, grid.image_index, self.iou_threshold
+        )  # (K, T)
+        iou = torch.where(candidates.scores[:, None] > self.score_threshold, iou, 0.0)
+        # Masks are decoded for these alone, so their number must be known: the one wait for the device.
+        eligible = (iou > 0).any(1).nonzero()[:, 0]  # (E,)
+        scores = candidates.scores[eligible].float()  # (E,)
+        inside = grid.inside[candidates.image_index[eligible]]  # (E, h, w)
+        probabilities = candidates.decode_masks(eligible).float().sigmoid() * inside  # (E, h, w)
+        quality = mask_quality(probabilities, self.mask_threshold)  # (E,)
+        chosen = assign_greedily(iou[eligible], ranking_score(scores, quality))  # (T,)
+        confidence = mask_confidence(scores, quality, self.confidence)  # (E,)
+
+        # Index −1, a box that nobody won, finds the blank entry at the end.
+        masks = torch.cat([probabilities > self.mask_threshold, torch.zeros_like(grid.box_masks[:1])])
+        masks = masks[chosen] & grid.box_masks  # (T, h, w)
+        confidence = torch.cat([confidence, confidence.new_zeros(1)])[chosen]  # (T,)
+        return PseudoMasks(
+            masks=torch.where(grid.has_mask[:, None, None], grid.masks, masks),
+            confidence=torch.where(grid.has_mask, 1.0, confidence),
+        )
+
+    def _mask_losses(
+        self, predictions: MaskPredictions, grid: GridTargets, lessons: Any
+    ) -> dict[str, Tensor]:
+        similarity, pseudo = lessons
+        index = predictions.target_index  # (M,)
+        boxes, masks = grid.box_masks[index], pseudo.masks[index]  # (M, h, w) each
+        confidence = pseudo.confidence[index]  # (M,)
+        valid = grid.valid[grid.image_index[index]]  # (M, h, w)
+        selections = [
+            self._color_pairs(predictions, grid, boxes, similarity),
+            affinity_pair_selection(boxes, masks, valid, self.affinity_threshold),
+        ]
+        sums, counts = pair_sums(predictions.logits, selections, self.kernel_size, self.dilation)
+        pixel = noise_aware_pixel_loss(predictions.logits, masks, confidence)
+        affinity = noise_reduced_affinity_loss(sums[1], counts[1], confidence)
+        warmup = self._warmup(self.pseudo_warmup_steps)
+        return {
+            **self._box_losses(predictions, boxes, sums[0], counts[0]),
+            "loss_pixel": pixel * (self.pixel_weight * warmup),
+            "loss_affinity": affinity * (self.affinity_weight * warmup),
+        }

@@ -1,0 +1,61 @@
+"""Says in one line what does not fit, before anything is computed."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from boxteacher.errors import InputError
+from boxteacher.protocol import Target
+
+_METHODS = ("forward_teacher", "forward_student")
+_ATTRIBUTES = ("mask_stride", "size_divisor")
+
+
+def check_provider_methods(model: nn.Module) -> None:
+    """Raises TypeError if `model` lacks a part of `PseudoMaskProvider`, naming it."""
+    missing = [f"the method {name}()" for name in _METHODS if not callable(getattr(model, name, None))]
+    missing += [f"the attribute {name}" for name in _ATTRIBUTES if not hasattr(model, name)]
+    if missing:
+        raise TypeError(
+            f"{type(model).__name__} cannot be taught: it lacks {' and '.join(missing)} of "
+            "PseudoMaskProvider. docs/write_an_adapter.md shows how to add them; boxteacher_adapters has ready segmenters."
+        )
+
+
+def check_batch(images: Sequence[Tensor], targets: Sequence[Target] | None) -> list[Target]:
+    """The targets, if they fit the images.
+
+    Only shapes are looked at, so nothing waits for the device.
+
+    Raises:
+        InputError: naming the image's position in the batch, the shape and the remedy.
+    """
+    if targets is None:
+        raise InputError("training needs targets: call model(images, targets), or model.eval() to detect")
+    if len(images) != len(targets) or not images:
+        raise InputError(f"{len(images)} images came with {len(targets)} targets: give one target per image")
+    for i, (image, target) in enumerate(zip(images, targets, strict=True)):
+        _check_shape(f"image {i}", image, (3, None, None), "an RGB image in [0, 1]")
+        for key in ("boxes", "labels"):
+            if key not in target:
+                raise InputError(f"target {i} has no {key!r}: give 'boxes' (N, 4) and 'labels' (N,)")
+        count = len(target["boxes"])
+        _check_shape(f"target {i}: boxes", target["boxes"], (None, 4), "x0, y0, x1, y1 in pixels")
+        _check_shape(f"target {i}: labels", target["labels"], (count,), "one label per box")
+        if "masks" in target:
+            shape = (count, *image.shape[-2:])
+            _check_shape(
+                f"target {i}: masks", target["masks"], shape, "one mask per box, of the image's size"
+            )
+        if "has_mask" in target:
+            _check_shape(f"target {i}: has_mask", target["has_mask"], (count,), "one flag per box")
+    return list(targets)
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
+    fits = tensor.ndim == len(expected) and all(
+        want is None or want == have for want, have in zip(expected, tensor.shape, strict=True)
+    )
+    if not fits:
+        shape = "(" + ", ".join("any" if size is None else str(size) for size in expected) + ")"
+        raise InputError(f"{name} has shape {tuple(tensor.shape)}: give {meaning}, {shape}")
