@@ -1,5 +1,6 @@
 """What every kind of supervision shares, and the two plain kinds: from boxes and colours, from masks."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,8 +76,6 @@ class Supervision(nn.Module):
 
     def export(self) -> nn.Module:
         """A copy of the plain segmenter, in evaluation mode and without anything of the training."""
-        import copy
-
         self._settle()
         return copy.deepcopy(self.segmenter).requires_grad_(True).eval()
 
@@ -115,7 +114,7 @@ class Supervision(nn.Module):
         return {**self.__dict__, "_counter": self._counter.steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         steps = state["_counter"]
         self._counter = StepCounter(self.student)
         self._counter.reset(steps)

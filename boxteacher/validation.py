@@ -18,7 +18,7 @@ def check_provider_methods(model: nn.Module) -> None:
     if missing:
         raise TypeError(
             f"{type(model).__name__} cannot be taught: it lacks {' and '.join(missing)} of "
-            "PseudoMaskProvider. docs/write_an_adapter.md shows how to add them; boxteacher_adapters has ready segmenters."
+            "PseudoMaskProvider; docs/write_an_adapter.md shows how to add them"
         )
 
 

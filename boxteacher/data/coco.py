@@ -20,6 +20,7 @@ from boxteacher.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+Floats = NDArray[np.float64]
 Target = dict[str, Any]
 T = TypeVar("T")
 
@@ -40,6 +41,7 @@ class CocoInstances(Dataset[tuple[Tensor, Target]]):
         class_names: name of each label.
         image_ids: COCO id of each image.
         file_names: name of each image, under the folder of images.
+        sizes: (height, width) in pixels of each stored image.
 
     Args:
         images: folder of the image files.
@@ -90,9 +92,9 @@ class CocoInstances(Dataset[tuple[Tensor, Target]]):
             if min(height, width) < 1:
                 raise record.error(f"width {width} and height {height} must be at least 1; correct them")
             if not 0 <= self.ignored_bottom_rows < height:
+                rows = self.ignored_bottom_rows
                 raise record.error(
-                    f"ignored_bottom_rows={self.ignored_bottom_rows} must be at least 0 and less than the "
-                    f"height of the image, {height}; give another number"
+                    f"ignored_bottom_rows={rows} must be in 0..{height - 1}; give another number"
                 )
             self.file_names.append(record.field("file_name", str))
             self.sizes.append((height, width))
@@ -219,11 +221,8 @@ def _records(path: Path, content: dict[str, Any], group: str) -> Iterator[_Recor
 
 
 def _category_names(records: Iterator[_Record]) -> dict[int, str]:
-    names: dict[int, str] = {}
     seen: set[int] = set()
-    for record in records:
-        names[record.new_id(seen)] = record.field("name", str)
-    return names
+    return {record.new_id(seen): record.field("name", str) for record in records}
 
 
 def _finite_box(record: _Record) -> list[float]:
@@ -235,9 +234,7 @@ def _finite_box(record: _Record) -> list[float]:
     return box
 
 
-def _clip(
-    rows: NDArray[np.float64], sizes: NDArray[np.float64]
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def _clip(rows: Floats, sizes: Floats) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Clip x, y, width, height to (height, width); return corners, and which boxes have an area left."""
     corners = np.concatenate([rows[:, :2], rows[:, :2] + rows[:, 2:]], axis=1)
     boxes = corners.clip(0, sizes[:, [1, 0, 1, 0]]).astype(np.float32)  # (M, 4)

@@ -61,9 +61,8 @@ def check_images(paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> Non
         InputError: names the first image at fault, in the order given.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
-        missing = [
-            path for path, there in zip(paths, pool.map(Path.is_file, paths), strict=True) if not there
-        ]
+        there = pool.map(Path.is_file, paths)
+        missing = [path for path, found in zip(paths, there, strict=True) if not found]
         if missing:
             raise InputError(
                 f"{missing[0]}: no such image ({len(missing)} of {len(paths)} are missing); "

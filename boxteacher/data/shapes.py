@@ -84,9 +84,7 @@ def _is_there(root: Path, settings: dict[str, int]) -> bool:
             return True
     except (OSError, ValueError):
         pass
-    raise InputError(
-        f"{root}: holds something else than the shapes of {settings}; choose another folder or remove this one"
-    )
+    raise InputError(f"{root}: holds something other than the shapes of {settings}; choose another folder")
 
 
 def _write_split(root: Path, split: str, generators: Iterator[np.random.Generator], size: int) -> None:
@@ -168,12 +166,12 @@ def _turn(rng: np.random.Generator, x: Array, y: Array) -> tuple[Array, Array]:
 
 def _shape(kind: int, u: Array, v: Array) -> Mask:
     if kind == 0:
-        return u * u + v * v <= 0.75
+        return np.less_equal(u * u + v * v, 0.75)
     if kind == 1:
-        return sum((u * a + v * b <= 0.5).astype(np.int64) for a, b in _TRIANGLE) == 3
+        return np.all([u * a + v * b <= 0.5 for a, b in _TRIANGLE], axis=0)
     if kind == 2:
         # A point of a pentagram is outside one of its five lines at the most.
-        return sum((u * a + v * b <= 0.38).astype(np.int64) for a, b in _STAR) >= 4
+        return np.greater_equal(np.sum([u * a + v * b <= 0.38 for a, b in _STAR], axis=0), 4)
     u, v = abs(u), abs(v)
     return (np.maximum(u, v) <= 0.9) & (np.minimum(u, v) <= 0.28)
 
@@ -197,7 +195,7 @@ def _wave(phase: Array) -> Array:
 
 
 def _colour(rng: np.random.Generator, others: list[Array]) -> Array:
-    """Draw a colour (3,), 0..255, that is well apart from others: the first such one, or else the farthest."""
+    """Draw a colour (3,), 0..255, well apart from others: the first such one, or else the farthest."""
     tries = 20 + 215 * rng.random((_COLOUR_TRIES, 3))
     if not others:
         return tries[0]

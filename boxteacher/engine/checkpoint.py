@@ -73,7 +73,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file; give a checkpoint that `boxteacher train` wrote")
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - torch.load raises whatever the broken byte leads to
+    except Exception as error:  # torch.load raises whatever the broken byte leads to
         raise InputError(
             f"{path}: cannot be read as a checkpoint ({type(error).__name__}); it is truncated or not one: "
             "copy it again or train anew"

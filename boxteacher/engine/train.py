@@ -102,19 +102,23 @@ def train(settings: TrainSettings) -> Path:
     )
     _write_settings(settings)
     every = math.ceil(settings.steps / _CHECKPOINTS_PER_RUN)
+    names = dict(zip(data.image_ids, data.file_names, strict=True))
+    saved = 0
     with TrainingLog(settings.output, settings.steps) as log:
         for step, (images, targets) in enumerate(_batches(data, settings), start=1):
             losses = model(*to_device(images, targets, device))
             total = torch.stack(list(losses.values())).sum()
             optimizer.zero_grad(set_to_none=True)
             total.backward()
-            values = _finite(losses, step, targets, data)
+            values = _numbers(losses)
+            _check_finite(values, step, saved, [names[target["image_id"]] for target in targets])
             nn.utils.clip_grad_norm_(model.student.parameters(), _GRADIENT_CLIP)
             optimizer.step()
             log.write(step, values, float(schedule.get_last_lr()[0]), _pseudo_masks(model))
             schedule.step()
             if step % every == 0 or step == settings.steps:
                 save_checkpoint(checkpoint, model.segmenter, info)
+                saved = step
     return checkpoint
 
 
@@ -190,21 +194,20 @@ def _batches(
     return iter(loader)
 
 
-def _finite(
-    losses: dict[str, Tensor], step: int, targets: list[dict[str, Any]], data: CocoInstances
-) -> dict[str, float]:
+def _numbers(losses: dict[str, Tensor]) -> dict[str, float]:
     """The losses as numbers: one transfer, and the one wait for the device in the loop."""
     values = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()
-    numbers = dict(zip(losses, values, strict=True))
-    for name, value in numbers.items():
+    return dict(zip(losses, values, strict=True))
+
+
+def _check_finite(losses: dict[str, float], step: int, saved: int, images: list[str]) -> None:
+    for name, value in losses.items():
         if not math.isfinite(value):
-            names = dict(zip(data.image_ids, data.file_names, strict=True))
-            images = ", ".join(names[target["image_id"]] for target in targets)
+            kept = f"last.pt, of step {saved}, is kept" if saved else "there is no checkpoint yet"
             raise FloatingPointError(
-                f"{name} is {value} at step {step}, images {images}: the last good checkpoint is kept; "
+                f"{name} is {value} at step {step}, images {', '.join(images)}; {kept}: "
                 "try a lower --lr, or look at these images' boxes"
             )
-    return numbers
 
 
 def _pseudo_masks(model: Supervision) -> dict[str, float]:

@@ -191,7 +191,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"weights {path} do not exist: check --weights") from None
-    except Exception as error:  # noqa: BLE001 - torch.load raises whatever the broken byte leads to
+    except Exception as error:  # torch.load raises whatever the broken byte leads to
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"weights {path} cannot be read ({reason}): give a state dict saved by torch"

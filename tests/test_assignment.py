@@ -1,0 +1,115 @@
+"""Assignment of candidates to boxes, against the candidates choosing one after another."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from boxteacher.assignment import assign_greedily, match_quality
+
+
+def serially(iou: list[list[float]], score: list[float], boxes: int) -> list[int]:
+    """One candidate after another takes the best box that is still free."""
+    owner = [-1] * boxes
+    for candidate in sorted(range(len(score)), key=lambda k: -score[k]):  # stable: equals in order
+        free = [n for n in range(boxes) if owner[n] < 0 and iou[candidate][n] > 0]
+        if free:
+            owner[max(free, key=lambda n: iou[candidate][n])] = candidate  # of equals, the first
+    return owner
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[list[list[float]], list[float], int]:
+    candidates, boxes = draw(st.integers(0, 9)), draw(st.integers(0, 7))
+    # Few values, so that ties are common.
+    values = st.sampled_from([0.0, 0.0, 0.5, 0.5625, 0.625, 0.75, 1.0])
+    row = st.lists(values, min_size=boxes, max_size=boxes)
+    iou = draw(st.lists(row, min_size=candidates, max_size=candidates))
+    scores = st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75]), min_size=candidates, max_size=candidates)
+    return iou, draw(scores), boxes
+
+
+@settings(max_examples=300, deadline=None)
+@given(problems())
+def test_all_choosing_at_once_gives_what_one_after_another_gives(problem):
+    iou, score, boxes = problem
+    matrix = torch.tensor(iou, dtype=torch.float32).reshape(len(score), boxes)
+    assert assign_greedily(matrix, torch.tensor(score)).tolist() == serially(iou, score, boxes)
+
+
+@pytest.mark.parametrize("size", [(200, 40), (40, 200), (300, 3)])
+def test_large_problems_are_assigned_alike(size):
+    torch.manual_seed(0)
+    iou = torch.rand(size)
+    iou = torch.where(iou > 0.7, iou, 0.0)
+    score = torch.rand(size[0])
+    assert assign_greedily(iou, score).tolist() == serially(iou.tolist(), score.tolist(), size[1])
+
+
+def test_everyone_wanting_the_same_boxes_is_sorted_out():
+    """The longest chain of refusals: all candidates rank all boxes alike."""
+    iou = torch.linspace(1, 0.5, 12).expand(12, 12)
+    score = torch.linspace(0.1, 0.9, 12)
+    assert assign_greedily(iou, score).tolist() == list(range(11, -1, -1))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000))
+def test_the_order_of_candidates_and_of_boxes_does_not_matter(seed):
+    generator = torch.Generator().manual_seed(seed)
+    iou = torch.rand(7, 5, generator=generator)
+    iou = torch.where(iou > 0.4, iou, 0.0)
+    score = torch.rand(7, generator=generator)
+    candidates, boxes = torch.randperm(7, generator=generator), torch.randperm(5, generator=generator)
+    owner = assign_greedily(iou, score)
+    permuted = assign_greedily(iou[candidates][:, boxes], score[candidates])
+    assert torch.equal(torch.where(permuted >= 0, candidates[permuted], -1), owner[boxes])
+
+
+def test_a_candidate_owns_one_box_at_most_and_never_one_it_cannot_have():
+    torch.manual_seed(1)
+    iou = torch.rand(20, 30)
+    iou = torch.where(iou > 0.6, iou, 0.0)
+    owner = assign_greedily(iou, torch.rand(20))
+    winners = owner[owner >= 0]
+    assert len(winners.unique()) == len(winners) > 0
+    assert (iou[winners, (owner >= 0).nonzero()[:, 0]] > 0).all()
+
+
+def boxes_of(*rows: tuple[float, ...]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float32).reshape(-1, 4)
+
+
+def test_candidates_of_another_image_never_match():
+    boxes = boxes_of((0, 0, 10, 10), (0, 0, 10, 10))
+    quality = match_quality(boxes, torch.tensor([0, 1]), boxes, torch.tensor([1, 0]), 0.5)
+    assert quality.tolist() == [[0, 1], [1, 0]]
+
+
+def test_the_threshold_itself_is_enough():
+    candidates = boxes_of((0, 0, 10, 5), (0, 0, 10, 4.9), (0, 0, 10, 8))
+    quality = match_quality(
+        candidates, torch.zeros(3).long(), boxes_of((0, 0, 10, 10)), torch.zeros(1).long(), 0.5
+    )
+    assert quality[:, 0].tolist() == pytest.approx([0.5, 0, 0.8])
+
+
+@pytest.mark.parametrize(("candidates", "boxes"), [(0, 3), (3, 0), (0, 0)])
+def test_nothing_to_match_gives_an_empty_table(candidates, boxes):
+    quality = match_quality(
+        torch.zeros(candidates, 4),
+        torch.zeros(candidates).long(),
+        torch.zeros(boxes, 4),
+        torch.zeros(boxes).long(),
+        0.5,
+    )
+    assert quality.shape == (candidates, boxes)
+    assert assign_greedily(quality, torch.zeros(candidates)).tolist() == [-1] * boxes
+
+
+def test_half_precision_boxes_are_compared_in_full():
+    # 2047 × 2047 overflows float16.
+    box = boxes_of((0, 0, 2047, 2047)).half()
+    index = torch.zeros(1).long()
+    assert match_quality(box, index, box, index, 0.5).tolist() == [[1.0]]

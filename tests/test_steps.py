@@ -1,0 +1,274 @@
+"""The teacher follows once each time that the weights have really moved, whatever the loop does."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.support import ScriptedSegmenter, script, seeded_images, target
+from torch import nn
+from torch.testing import assert_close
+
+from boxteacher import BoxTeacher
+from boxteacher.steps import StepCounter
+from boxteacher.supervision import Supervision
+
+
+def small_teacher(momentum: float = 0.999) -> BoxTeacher:
+    torch.manual_seed(0)
+    plan = script((0, (0, 0, 30, 30), 0.9), level=2.0)
+    return BoxTeacher(
+        ScriptedSegmenter(plan), momentum=momentum, warmup_steps=4, augmentation=nn.Identity()
+    ).train()
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+
+def total_loss(model: Supervision, seed: int = 0) -> torch.Tensor:
+    losses = model(seeded_images((32, 32), seed=seed), [target((0, 0, 30, 30))])
+    return torch.stack(list(losses.values())).sum()
+
+
+def step(model: Supervision, optimizer: torch.optim.Optimizer, seed: int = 0) -> None:
+    optimizer.zero_grad()
+    total_loss(model, seed).backward()
+    optimizer.step()
+
+
+def weights(module: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+def test_plain_steps_are_counted_one_by_one():
+    model = small_teacher()
+    optimizer = sgd(model)
+    for number in range(1, 5):
+        step(model, optimizer)
+        assert model.optimizer_steps == number
+    assert model.optimizer_steps == 4
+
+
+def test_the_teacher_is_the_average_of_the_student_s_weights():
+    model = small_teacher()
+    optimizer = sgd(model)
+    history = []
+    for number in range(5):
+        step(model, optimizer, seed=number)
+        history.append(weights(model.student))
+    # Up to 999 steps the average is a plain one.
+    assert_close(weights(model.teacher), torch.stack(history).mean(0), rtol=1e-5, atol=1e-6)
+    assert (weights(model.teacher) - history[-1]).abs().max() > 1e-4
+
+
+def test_the_teacher_of_a_step_is_that_of_the_steps_before_it():
+    """During the second step the teacher is the student as the first step left it."""
+    model = small_teacher()
+    optimizer = sgd(model)
+    step(model, optimizer)
+    after_first = weights(model.student)
+    optimizer.zero_grad()
+    total_loss(model).backward()
+    assert torch.equal(weights(model.teacher), after_first)
+    optimizer.step()
+    assert not torch.equal(weights(model.teacher), after_first)
+
+
+def test_buffers_follow_too():
+    model = small_teacher(momentum=0.0)
+    step(model, sgd(model))
+    assert torch.equal(model.teacher.norm.running_mean, model.student.norm.running_mean)
+    assert model.teacher.norm.num_batches_tracked == 1
+
+
+def test_accumulated_gradients_are_one_step():
+    model = small_teacher()
+    optimizer = sgd(model)
+    before = weights(model.teacher)
+    for _ in range(3):
+        total_loss(model).backward()
+        assert torch.equal(weights(model.teacher), before)
+        assert model.optimizer_steps == 0
+    optimizer.step()
+    assert model.optimizer_steps == 1
+    assert torch.equal(weights(model.teacher), weights(model.student))
+
+
+def fused_adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, fused=True)
+
+
+@pytest.mark.parametrize("make_optimizer", [sgd, fused_adam])
+def test_a_step_that_the_scaler_skips_is_none(make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]):
+    model = small_teacher()
+    optimizer = make_optimizer(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    teacher, student = weights(model.teacher), weights(model.student)
+
+    def scaled_step(gradient: float | None) -> None:
+        optimizer.zero_grad()
+        scaler.scale(total_loss(model)).backward()
+        if gradient is not None:
+            model.student.cells.weight.grad[0, 0, 0, 0] = gradient
+        scaler.step(optimizer)
+        scaler.update()
+
+    for bad in (float("inf"), float("nan")):
+        scaled_step(bad)
+        assert model.optimizer_steps == 0
+        assert torch.equal(weights(model.student), student)
+        assert torch.equal(weights(model.teacher), teacher)
+    scaled_step(None)
+    assert model.optimizer_steps == 1
+    assert not torch.equal(weights(model.teacher), teacher)
+
+
+def test_two_optimizers_over_one_student_are_one_round():
+    model = small_teacher()
+    first = torch.optim.SGD(model.student.cells.parameters(), lr=0.1)
+    second = torch.optim.AdamW(model.student.logit.parameters(), lr=0.1)
+    for number in (1, 2):
+        total_loss(model).backward()
+        first.step()
+        second.step()
+        assert model.optimizer_steps == number
+
+
+def test_an_optimizer_over_other_parameters_is_not_noticed():
+    model = small_teacher()
+    other = nn.Linear(2, 2)
+    other(torch.ones(1, 2)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    assert model.optimizer_steps == 0
+
+
+def test_two_models_count_each_their_own():
+    one, two = small_teacher(), small_teacher()
+    first, second = sgd(one), sgd(two)
+    step(one, first)
+    step(two, second)
+    step(two, second)
+    assert (one.optimizer_steps, two.optimizer_steps) == (1, 2)
+
+
+def pickled(model: BoxTeacher) -> BoxTeacher:
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model: BoxTeacher) -> BoxTeacher:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
+def test_a_copy_goes_on_by_itself(copied: Callable[[BoxTeacher], BoxTeacher]):
+    model = small_teacher()
+    optimizer = sgd(model)
+    step(model, optimizer)
+    twin = copied(model)
+    assert twin.optimizer_steps == 1
+    assert torch.equal(weights(twin.teacher), weights(model.teacher))
+    step(model, optimizer)
+    assert (model.optimizer_steps, twin.optimizer_steps) == (2, 1)
+    twin_optimizer = sgd(twin)
+    for _ in range(2):
+        step(twin, twin_optimizer)
+    assert (model.optimizer_steps, twin.optimizer_steps) == (2, 3)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_step_not_yet_seen_is_in_the_copy(copied: Callable[[BoxTeacher], BoxTeacher]):
+    model = small_teacher()
+    step(model, sgd(model))
+    twin = copied(model)
+    assert twin.optimizer_steps == 1
+    assert torch.equal(weights(twin.teacher), weights(twin.student))
+
+
+def test_a_model_that_is_no_longer_used_is_freed():
+    model = small_teacher()
+    step(model, sgd(model))
+    student, teacher = weakref.ref(model.student), weakref.ref(model.teacher)
+    del model
+    gc.collect()
+    assert student() is None
+    assert teacher() is None
+
+
+def test_a_counter_outlives_its_module_without_harm():
+    module = nn.Linear(2, 2)
+    counter = StepCounter(module)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    optimizer.step()
+    del module
+    gc.collect()
+    other = nn.Linear(2, 2)
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    assert counter.settle()
+    assert not counter.settle()
+    assert counter.steps == 1
+
+
+def test_a_run_resumed_from_a_state_dict_is_the_run_uninterrupted():
+    model = small_teacher()
+    optimizer = sgd(model)
+    for number in range(3):
+        step(model, optimizer, seed=number)
+    state = copy.deepcopy(model.state_dict())
+    resumed = small_teacher()
+    resumed.load_state_dict(state)
+    assert resumed.optimizer_steps == 3
+    resumed_optimizer = sgd(resumed)
+    for number in range(3, 6):
+        step(model, optimizer, seed=number)
+        step(resumed, resumed_optimizer, seed=number)
+    assert resumed.optimizer_steps == model.optimizer_steps == 6
+    assert torch.equal(weights(resumed.student), weights(model.student))
+    assert torch.equal(weights(resumed.teacher), weights(model.teacher))
+
+
+def test_a_state_dict_holds_the_step_just_taken():
+    model = small_teacher()
+    step(model, sgd(model))
+    state = model.state_dict()
+    for name, value in model.student.state_dict().items():
+        assert torch.equal(state[f"teacher.{name}"], value)
+
+
+def test_a_state_dict_can_be_read_without_trusting_it():
+    model = small_teacher()
+    step(model, sgd(model))
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other = small_teacher()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert other.optimizer_steps == 1
+
+
+def test_loading_forgets_a_step_that_was_taken_before_it():
+    model = small_teacher()
+    state = copy.deepcopy(model.state_dict())
+    step(model, sgd(model))
+    model.load_state_dict(state)
+    assert model.optimizer_steps == 0
+    assert torch.equal(weights(model.teacher), weights(model.student))
+
+
+def test_evaluation_in_inference_mode_between_steps_harms_nothing():
+    model = small_teacher()
+    optimizer = sgd(model)
+    step(model, optimizer)
+    with torch.inference_mode():
+        model.eval()(seeded_images((32, 32)))
+    assert model.optimizer_steps == 1
+    step(model.train(), optimizer)
+    assert model.optimizer_steps == 2
+    assert not any(parameter.is_inference() for parameter in model.parameters())
