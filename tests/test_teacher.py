@@ -72,8 +72,8 @@ def test_the_student_alone_sees_the_augmentation():
         def forward(self, images: list[Tensor]) -> list[Tensor]:
             return [1 - image for image in images]
 
-    plain, negative = teacher_of(script((0, (4, 4, 30, 30), 0.9))), None
-    negative = teacher_of(script((0, (4, 4, 30, 30), 0.9)), augmentation=Negative())
+    plan = script((0, (4, 4, 30, 30), 0.9))
+    plain, negative = teacher_of(plan), teacher_of(plan, augmentation=Negative())
     images = [image.clone() for image in IMAGES]
     for model in (plain, negative):
         model(images, TARGETS)

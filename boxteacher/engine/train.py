@@ -166,7 +166,7 @@ def _optimizer(
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=trained[0].device.type in ("cpu", "cuda"))
     warmup = min(500, max(1, settings.steps // 20))
 
     def factor(step: int) -> float:

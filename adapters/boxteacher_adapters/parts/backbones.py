@@ -82,8 +82,8 @@ class Backbone(nn.Module):
 def build_backbone(name: str, weights: Weights = "imagenet") -> Backbone:
     """A torchvision ResNet (`resnet18` … `resnet152`) or any timm network with `features_only`.
 
-    With weights, batch norms are frozen, and so are a ResNet's stem and first stage; without, everything
-    is trained.
+    With weights, batch norms are frozen, and so is everything up to stride 4 (a ResNet's stem and first
+    stage); without, everything is trained.
 
     Args:
         name: as torchvision or timm spell it; `efficientnet_lite0` is timm's `tf_efficientnet_lite0`.
@@ -131,10 +131,13 @@ def _timm_network(name: str, weights: Weights) -> Backbone:
     timm_name = _TIMM_NAMES.get(name, name)
     if not timm.is_model(timm_name):
         raise InputError(f"no backbone {name!r}: take resnet18 … resnet152 or a name from timm.list_models()")
-    network: Any = timm.create_model(timm_name, pretrained=False, features_only=True, out_indices=(2, 3, 4))
-    reduction = network.feature_info.reduction()
-    if reduction != [8, 16, 32]:
-        raise InputError(f"backbone {name!r} has strides {reduction}: take one with 8, 16 and 32")
+    probe: Any = timm.create_model(timm_name, features_only=True)
+    stages: list[dict[str, Any]] = probe.feature_info.info
+    wanted = tuple(i for i, stage in enumerate(stages) if stage["reduction"] in (8, 16, 32))
+    if len(wanted) != 3:
+        strides = [stage["reduction"] for stage in stages]
+        raise InputError(f"backbone {name!r} has strides {strides}: take one with 8, 16 and 32")
+    network: Any = timm.create_model(timm_name, features_only=True, out_indices=wanted)
     if weights != "none":
         state = _load_or_download(name, weights, lambda: _timm_state(timm_name))
         _load_state(
@@ -146,8 +149,19 @@ def _timm_network(name: str, weights: Weights) -> Backbone:
         tuple(network.feature_info.channels()),
         settings["mean"],
         settings["std"],
+        frozen=() if weights == "none" else _parameters_up_to_stride_4(network, stages),
         frozen_norms=weights != "none",
     )
+
+
+def _parameters_up_to_stride_4(network: nn.Module, stages: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Names of the parameters up to the end of the last stage of stride 4, as in a ResNet's first stage."""
+    names = [name for name, _ in network.named_parameters()]
+    modules = [stage["module"] for stage in stages if stage["reduction"] <= 4]
+    # timm flattens the names of some networks' stages.
+    prefixes = tuple(f"{form}." for module in modules for form in (module, module.replace(".", "_")))
+    ends = [i for i, name in enumerate(names) if name.startswith(prefixes)]
+    return tuple(names[: max(ends, default=-1) + 1])
 
 
 def _timm_state(timm_name: str) -> dict[str, Tensor]:
