@@ -28,9 +28,8 @@ T = TypeVar("T")
 class CocoInstances(Dataset[tuple[Tensor, Target]]):
     """The images of a COCO JSON file with their boxes, and with their masks only if asked.
 
-    Everything that can be wrong with the file or its images is found here, before any training. Crowds are
-    left out, images without boxes are kept, and a box is clipped to its image; a box of which nothing is
-    left is dropped with a warning.
+    What is wrong with the file or its images is found at once, before any training. Crowds are left out,
+    images without boxes kept, and boxes clipped to their image, or dropped with a warning if outside it.
 
     An item is the image, float32 (3, H, W) RGB in [0, 1], and a dict of `boxes` float32 (N, 4) as x0, y0,
     x1, y1 in pixels of that image, `labels` int64 (N,) in 0..C-1, `image_id`, `ignored_bottom_rows` in rows
@@ -93,9 +92,7 @@ class CocoInstances(Dataset[tuple[Tensor, Target]]):
                 raise record.error(f"width {width} and height {height} must be at least 1; correct them")
             if not 0 <= self.ignored_bottom_rows < height:
                 rows = self.ignored_bottom_rows
-                raise record.error(
-                    f"ignored_bottom_rows={rows} must be in 0..{height - 1}; give another number"
-                )
+                raise record.error(f"ignored_bottom_rows={rows} is not in 0..{height - 1}; change it")
             self.file_names.append(record.field("file_name", str))
             self.sizes.append((height, width))
         if not self.image_ids:
