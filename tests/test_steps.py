@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.support import ScriptedSegmenter, script, seeded_images, target
 from torch import nn
 from torch.testing import assert_close
 
 from boxteacher import BoxTeacher
 from boxteacher.steps import StepCounter
 from boxteacher.supervision import Supervision
+from tests.support import ScriptedSegmenter, script, seeded_images, target
 
 
 def small_teacher(momentum: float = 0.999) -> BoxTeacher:

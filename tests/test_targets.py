@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support import seeded_images, target
 from torch.testing import assert_close
 
 from boxteacher.geometry import canvas_size, grid_coordinates, pad_images
 from boxteacher.neighbours import neighbour_offsets, pair_slices, shifted
 from boxteacher.targets import box_masks, color_similarity, grid_targets, rgb_to_lab
+from tests.support import seeded_images, target
 
 CPU = torch.device("cpu")
 coordinate = st.one_of(
@@ -112,14 +112,21 @@ def test_a_plain_image_is_alike_everywhere_up_to_its_edge():
     assert torch.equal(similarity[0], inside)
 
 
-def test_every_byte_survives_the_way_to_the_grid():
-    """Pooling a plain image of byte n yields n, not n − 1 by a rounding error."""
-    pair = torch.arange(256.0).repeat_interleave(4)  # (1024,) columns, a cell per byte
-    image = (pair / 255).expand(3, 4, -1)
-    similarity = color_similarity([image], torch.ones(1, 1, 256).bool(), 4, 4, kernel_size=3, dilation=1)
+@pytest.mark.parametrize("to_unit", [lambda byte: byte / 255, lambda byte: byte * (1 / 255)])
+def test_the_mean_of_a_cell_is_rounded_down_as_by_whole_numbers(to_unit):
+    """Where the mean of a cell's bytes is the whole number n, it becomes n, not n − 1 by a rounding error."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3, 4, 4096), generator=generator)
+    pixels[:, 0, 0::4] = 0
+    sums = pixels.unfold(2, 4, 4).sum((1, 3))  # (3, 1024), one less than 16 bytes
+    pixels[:, 0, 0::4] = -sums % 16  # now every sum is a multiple of 16
+    means = (pixels.unfold(2, 4, 4).sum((1, 3)) // 16) / 255
+    valid = torch.ones(1, 1, 1024).bool()
+    similarity = color_similarity([to_unit(pixels)], valid, 4, 4, kernel_size=3, dilation=1)
     right = neighbour_offsets(3, 1).index((0, 1))
-    lab = rgb_to_lab((torch.arange(256.0) / 255).expand(1, 3, 1, -1))[0, :, 0]
-    assert_close(similarity[0, right, 0, :-1], torch.exp(-0.5 * lab.diff(dim=1).norm(dim=0)))
+    lab = rgb_to_lab(means[None, :, None])[0, :, 0]
+    expected = torch.exp(-0.5 * lab.diff(dim=1).norm(dim=0))
+    assert_close(similarity[0, right, 0, :-1], expected, rtol=1e-4, atol=1e-12)
 
 
 def test_similarity_of_a_pair_is_the_same_from_both_ends():

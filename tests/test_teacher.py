@@ -5,6 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from boxteacher import BoxSupervised, BoxTeacher, InputError, MaskSupervised, PseudoMaskProvider
+from boxteacher.augmentation import StrongAugmentation
+from boxteacher.losses import dice_loss
+from boxteacher.targets import grid_targets
 from tests.support import (
     Script,
     ScriptedSegmenter,
@@ -13,13 +20,6 @@ from tests.support import (
     seeded_images,
     target,
 )
-from torch import Tensor, nn
-from torch.testing import assert_close
-
-from boxteacher import BoxSupervised, BoxTeacher, InputError, MaskSupervised, PseudoMaskProvider
-from boxteacher.augmentation import StrongAugmentation
-from boxteacher.losses import dice_loss
-from boxteacher.targets import grid_targets
 
 BOX_LOSSES = {"loss_class", "loss_projection", "loss_pairwise"}
 TEACHER_LOSSES = BOX_LOSSES | {"loss_pixel", "loss_affinity"}
@@ -94,6 +94,16 @@ def test_pseudo_masks_are_the_winners_cut_to_their_boxes():
     # Quality is σ(3) for all, as no mask reaches into the padding's zeros.
     expected = (PLAN.scores.sqrt() * torch.sigmoid(torch.tensor(3.0))).sqrt()
     assert_close(pseudo.confidence, expected)
+
+
+def test_a_clear_mask_beats_a_better_score():
+    """√(score · quality): 0.8 · σ(4) is more than 0.9 · σ(0.5)."""
+    box = (4, 4, 30, 30)
+    logits = torch.tensor([0.5, 4.0]).view(2, 1, 1)
+    model = teacher_of(script((0, box, 0.9), (0, box, 0.8), logits=logits), confidence="paper")
+    model([IMAGES[0]], [target(box)])
+    expected = (0.8 * torch.sigmoid(torch.tensor([4.0]))).sqrt()
+    assert_close(model.last_pseudo_masks.confidence, expected)
 
 
 def test_confidence_by_the_paper_s_formula():

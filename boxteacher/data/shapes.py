@@ -23,9 +23,9 @@ Mask = NDArray[np.bool_]
 
 CLASS_NAMES = ("disc", "triangle", "star", "cross")
 
-_VERSION = 1
+_VERSION = 2
 _MIN_SIZE = 32
-_MIN_VISIBLE = 0.3
+_MIN_VISIBLE = 0.4
 _CONTRAST = 200.0
 _COLOUR_TRIES = 24
 _COS72 = (math.sqrt(5) - 1) / 4
@@ -130,7 +130,7 @@ def _draw(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], list[
     free = np.ones((height, width), dtype=bool)
     objects = []
     # The nearest first, so that what is left of each later one is known when it is drawn.
-    for _ in range(2 + int(rng.random() * 4)):
+    for _ in range(2 + int(rng.random() * 3)):
         kind = int(rng.random() * len(CLASS_NAMES))
         whole = _shape(kind, *_local(rng, x, y, size))
         visible = whole & free
@@ -150,17 +150,18 @@ def _local(rng: np.random.Generator, x: Array, y: Array, size: int) -> tuple[Arr
     height, width = x.shape
     dx = x - width * (0.1 + 0.8 * rng.random())
     dy = y - height * (0.1 + 0.8 * rng.random())
-    u, v = _turn(rng, dx, dy)
-    radius = size * (0.12 + 0.16 * rng.random())
+    u, v = _turn(rng, dx, dy, reach=0.2)
+    radius = size * (0.17 + 0.15 * rng.random())
     return u / radius, v / (radius * (0.75 + 0.25 * rng.random()))
 
 
-def _turn(rng: np.random.Generator, x: Array, y: Array) -> tuple[Array, Array]:
-    """Turn by a random angle, made of quotients because sines differ between machines in the last bit."""
-    t = 2 * rng.random() - 1
+def _turn(rng: np.random.Generator, x: Array, y: Array, reach: float) -> tuple[Array, Array]:
+    """Turn by a random angle, made of quotients because sines differ between machines in the last bit.
+
+    The angle is 2 · arctan(t) with t drawn from −reach to reach: a reach of 0.2 is 23 degrees, 1 is 90.
+    """
+    t = reach * (2 * rng.random() - 1)
     cosine, sine = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
-    if rng.random() < 0.5:
-        cosine, sine = -cosine, -sine
     return x * cosine + y * sine, y * cosine - x * sine
 
 
@@ -173,13 +174,13 @@ def _shape(kind: int, u: Array, v: Array) -> Mask:
         # A point of a pentagram is outside one of its five lines at the most.
         return np.greater_equal(np.sum([u * a + v * b <= 0.38 for a, b in _STAR], axis=0), 4)
     u, v = abs(u), abs(v)
-    return (np.maximum(u, v) <= 0.9) & (np.minimum(u, v) <= 0.28)
+    return (np.maximum(u, v) <= 0.9) & (np.minimum(u, v) <= 0.32)
 
 
 def _texture(rng: np.random.Generator, x: Array, y: Array) -> Array:
     """Brightness around zero: stripes, checks or blotches, faint beside the contrast between colours."""
     kind, strength = int(rng.random() * 3), 3 + 6 * rng.random()
-    u, v = _turn(rng, x, y)
+    u, v = _turn(rng, x, y, reach=1)
     period = 6 + 10 * rng.random()
     if kind == 0:
         return strength * _wave(u / period)
