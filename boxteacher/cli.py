@@ -25,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"boxteacher: error: {error}", file=sys.stderr)
         return _EXIT_BAD_INPUT
+    except OSError as error:
+        print(f"boxteacher: error: {error}: check the path, its permissions and the disk", file=sys.stderr)
+        return _EXIT_BAD_INPUT
     except FloatingPointError as error:
         print(f"boxteacher: stopped: {error}", file=sys.stderr)
         return _EXIT_DIVERGED

@@ -1,5 +1,6 @@
 """The neighbours of a grid cell: which they are, and how to line them up with it."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,6 +21,8 @@ def neighbour_offsets(kernel_size: int = 3, dilation: int = 2) -> list[Offset]:
 def shifted(grid: Tensor, offset: Offset) -> Tensor:
     """The value (…, h, w) of each cell's neighbour at `offset`; 0 where that lies outside."""
     down, right = offset
+    if abs(down) >= grid.shape[-2] or abs(right) >= grid.shape[-1]:
+        return torch.zeros_like(grid)
     return F.pad(grid, (-right, right, -down, down))
 
 

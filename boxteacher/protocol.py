@@ -18,7 +18,7 @@ class Target(TypedDict):
 
     boxes: Tensor  # (N, 4) float
     labels: Tensor  # (N,) int64
-    masks: NotRequired[Tensor]  # (N, H, W) bool or {0, 1}
+    masks: NotRequired[Tensor]  # (N, H, W) bool or {0, 1}, used as they are, not cut to their boxes
     has_mask: NotRequired[Tensor]  # (N,) bool: which of `masks` were drawn; all of them if absent
     ignored_bottom_rows: NotRequired[int]  # rows at the image's bottom whose pixels teach no colours
     image_id: NotRequired[int]

@@ -18,7 +18,7 @@ from boxteacher.losses.pairs import PairSelection
 from boxteacher.protocol import Detections, MaskPredictions, PseudoMaskProvider, Target
 from boxteacher.steps import StepCounter
 from boxteacher.targets import GridTargets, color_similarity, grid_targets
-from boxteacher.validation import check_batch, check_provider_methods
+from boxteacher.validation import check_batch, check_choice, check_provider_methods, check_range
 
 
 class Supervision(nn.Module):
@@ -77,7 +77,10 @@ class Supervision(nn.Module):
     def export(self) -> nn.Module:
         """A copy of the plain segmenter, in evaluation mode and without anything of the training."""
         self._settle()
-        return copy.deepcopy(self.segmenter).requires_grad_(True).eval()
+        segmenter = copy.deepcopy(self.segmenter).eval()
+        for ours, trained in zip(segmenter.parameters(), self.student.parameters(), strict=True):
+            ours.requires_grad_(trained.requires_grad)
+        return segmenter
 
     @property
     def _provider(self) -> PseudoMaskProvider:
@@ -135,6 +138,7 @@ class BoxSupervised(Supervision):
 
     Raises:
         TypeError: `student` lacks a part of `PseudoMaskProvider`; the message names it.
+        InputError: a setting is out of range.
     """
 
     def __init__(
@@ -147,6 +151,10 @@ class BoxSupervised(Supervision):
         warmup_steps: int = 10_000,
     ) -> None:
         super().__init__(student)
+        check_range("color_threshold", color_threshold, above=0, most=1)
+        check_range("warmup_steps", warmup_steps, least=0)
+        check_range("dilation", dilation, least=1)
+        check_choice("kernel_size", kernel_size, (3, 5, 7, 9))
         self.color_threshold = color_threshold
         self.kernel_size = kernel_size
         self.dilation = dilation

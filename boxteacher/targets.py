@@ -142,8 +142,7 @@ def color_similarity(
         (B, kernel_size² − 1, h, w) in [0, 1], neighbours in row-major order without the centre.
     """
     canvas = pad_images(images, size_divisor)  # (B, 3, H, W)
-    # The half thousandth keeps n / 255 from coming out a hair under the byte n.
-    pooled = (F.avg_pool2d(canvas.float() * 255, mask_stride) + 5e-4).floor()  # (B, 3, h, w)
+    pooled = F.avg_pool2d(canvas.float() * 255, mask_stride).floor()  # (B, 3, h, w)
     lab = rgb_to_lab(pooled / 255)  # (B, 3, h, w)
     valid_float = valid.float()
     similarities = []

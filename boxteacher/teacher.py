@@ -20,6 +20,7 @@ from boxteacher.protocol import Candidates, MaskPredictions
 from boxteacher.scoring import ConfidenceFormula, mask_confidence, mask_quality, ranking_score
 from boxteacher.supervision import BoxSupervised
 from boxteacher.targets import GridTargets
+from boxteacher.validation import check_choice, check_range
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class BoxTeacher(BoxSupervised):
 
     Raises:
         TypeError: `student` lacks a part of `PseudoMaskProvider`; the message names it.
+        InputError: a setting is out of range.
     """
 
     def __init__(
@@ -100,6 +102,15 @@ class BoxTeacher(BoxSupervised):
             dilation=dilation,
             warmup_steps=warmup_steps,
         )
+        check_range("momentum", momentum, least=0, most=1)
+        check_range("iou_threshold", iou_threshold, above=0, most=1)
+        check_range("score_threshold", score_threshold, least=0, most=1)
+        check_range("mask_threshold", mask_threshold, least=0, most=1)
+        check_range("affinity_threshold", affinity_threshold, above=0, most=1)
+        check_range("pixel_weight", pixel_weight, least=0)
+        check_range("affinity_weight", affinity_weight, least=0)
+        check_choice("confidence", confidence, ("released", "paper"))
+        check_choice("inference", inference, ("teacher", "student"))
         self.momentum = momentum
         self.iou_threshold = iou_threshold
         self.score_threshold = score_threshold

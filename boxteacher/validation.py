@@ -1,7 +1,9 @@
 """Says in one line what does not fit, before anything is computed."""
 
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from boxteacher.errors import InputError
@@ -20,6 +22,22 @@ def check_provider_methods(model: nn.Module) -> None:
             f"{type(model).__name__} cannot be taught: it lacks {' and '.join(missing)} of "
             "PseudoMaskProvider; docs/write_an_adapter.md shows how to add them"
         )
+
+
+def check_range(
+    name: str, value: float, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf
+) -> None:
+    """Raises InputError unless `value` is finite, at least `least`, above `above` and at most `most`."""
+    if not (math.isfinite(value) and least <= value <= most and value > above):
+        lower = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
+        upper = f" and at most {most:g}" if most < math.inf else ""
+        raise InputError(f"{name} is {value}: give a number {lower}{upper}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raises InputError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise InputError(f"{name} is {value!r}: take one of {', '.join(map(repr, choices))}")
 
 
 def check_batch(images: Sequence[Tensor], targets: Sequence[Target] | None) -> list[Target]:
@@ -49,6 +67,8 @@ def check_batch(images: Sequence[Tensor], targets: Sequence[Target] | None) -> l
             )
         if "has_mask" in target:
             _check_shape(f"target {i}: has_mask", target["has_mask"], (count,), "one flag per box")
+            if target["has_mask"].dtype != torch.bool or "masks" not in target:
+                raise InputError(f"target {i}: has_mask says which 'masks' were drawn: give both, it as bool")
     return list(targets)
 
 

@@ -45,12 +45,13 @@ class CondInst(nn.Module):
     Args:
         backbone: maps of strides 8, 16 and 32.
         num_classes: C; labels are 0 … C−1.
-        channels: of the pyramid and the box head, a multiple of 32.
+        channels: of the pyramid and the box head, a multiple of 32, at least 64.
         num_convs: convolutions per tower of the box head.
         mask_channels: of the mask branch.
         level_sizes: the greatest distance, in pixels, from a location to a side of its box that P3 to P6
             are there for; P7 takes the rest.
-        max_samples: positive locations per image whose masks are drawn in training.
+        max_samples: positive locations per image whose masks are drawn in training; every target that has
+            a positive location keeps at least one.
     """
 
     mask_stride = 4

@@ -47,7 +47,13 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, SegmenterInfo]:
             of another model than it says.
     """
     content = _read(path)
-    info = SegmenterInfo(**content["info"])
+    try:
+        info = SegmenterInfo(**content["info"])
+        weights: dict[str, Tensor] = dict(content["weights"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: its description is incomplete ({error}); give one that `boxteacher train` wrote"
+        ) from error
     segmenter = build_segmenter(
         info.model,
         len(info.class_names),
@@ -55,7 +61,6 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, SegmenterInfo]:
         weights="none",
         image_size=info.image_size,
     )
-    weights: dict[str, Tensor] = content["weights"]
     wanted = segmenter.state_dict()
     unfit = [key for key in wanted if key not in weights or weights[key].shape != wanted[key].shape]
     unfit += [key for key in weights if key not in wanted]

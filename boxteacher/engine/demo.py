@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import torch
-from torchvision.io import write_png
 
 from boxteacher.data import CocoInstances, evaluation_transform, find_split, write_shapes
 from boxteacher.engine.checkpoint import load_checkpoint
-from boxteacher.engine.drawing import contact_sheet, draw_detections
+from boxteacher.engine.drawing import contact_sheet, draw_detections, write_picture
 from boxteacher.engine.evaluate import Evaluation, evaluate
 from boxteacher.engine.train import TrainSettings, train
 
@@ -40,7 +39,7 @@ def run_demo(output: Path, *, steps: int) -> tuple[Evaluation, Path]:
     checkpoint = train(settings)
     evaluation = evaluate(checkpoint, data, workers=0)
     picture = output / "masks.png"
-    write_png(_sheet(checkpoint, data), str(picture))
+    write_picture(picture, _sheet(checkpoint, data))
     return evaluation, picture
 
 

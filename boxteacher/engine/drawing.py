@@ -1,8 +1,10 @@
 """Pictures of detections."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
@@ -47,6 +49,11 @@ def draw_detections(
     captions = [f"{class_names[label]} {score:.2f}" for label, score in rows]
     picture = draw_segmentation_masks(picture, masks, alpha=0.5, colors=colors)
     return draw_bounding_boxes(picture, boxes, labels=captions, colors=colors)
+
+
+def write_picture(path: Path, picture: Tensor) -> None:
+    """Writes a picture (3, H, W) uint8 in the format that the file's ending names."""
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
 
 
 def contact_sheet(pictures: Sequence[Tensor], columns: int) -> Tensor:

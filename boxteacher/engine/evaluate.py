@@ -22,20 +22,23 @@ from boxteacher.data import CocoInstances, collate, evaluation_transform, find_s
 from boxteacher.engine.checkpoint import SegmenterInfo, load_checkpoint
 from boxteacher.engine.devices import pick_device
 from boxteacher.engine.files import write_atomically
+from boxteacher.errors import InputError
 from boxteacher.protocol import Detections
 
 logger = logging.getLogger(__name__)
+
+Metrics = dict[str, dict[str, float | None] | None]
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """COCO's tables as text, and AP, AP50 and AP75 in percent: `{"segm": {...} | None, "bbox": {...}}`.
 
-    `segm` is None where the annotations have no masks to compare with.
+    `segm` is None where the annotations have no masks to compare with; a figure, where nothing is to be found.
     """
 
     table: str
-    metrics: dict[str, dict[str, float] | None]
+    metrics: Metrics
 
 
 def evaluate(checkpoint: Path, data: Path, *, device: str = "auto", workers: int = 2) -> Evaluation:
@@ -108,11 +111,16 @@ def coco_evaluation(annotations: Path, results: list[dict[str, Any]]) -> Evaluat
             "%s: not every annotation has a segmentation, so only boxes are evaluated", annotations
         )
     for record in content["annotations"]:
+        if "bbox" not in record:
+            raise InputError(f"{annotations}: annotation {record.get('id')} has no bbox: give it one")
         record.setdefault("iscrowd", 0)
         record.setdefault("area", record["bbox"][2] * record["bbox"][3])
-    tables, metrics = [], {}
+    tables: list[str] = []
+    metrics: Metrics = {}
     for kind in ("segm", "bbox") if has_masks else ("bbox",):
-        table, metrics[kind] = _coco_table(content, results, kind)
+        # pycocotools writes into results, and takes a mask's area from its box if there is one.
+        rows = [{k: v for k, v in row.items() if kind == "bbox" or k != "bbox"} for row in results]
+        table, metrics[kind] = _coco_table(content, rows, kind)
         tables.append(f"{'Masks' if kind == 'segm' else 'Boxes'}\n{table}")
     return Evaluation("\n".join(tables), {"segm": metrics.get("segm"), "bbox": metrics["bbox"]})
 
@@ -143,7 +151,7 @@ def _rles(masks: Tensor, size: tuple[int, int]) -> list[dict[str, Any]]:
 
 def _coco_table(
     content: dict[str, Any], results: list[dict[str, Any]], kind: str
-) -> tuple[str, dict[str, float]]:
+) -> tuple[str, dict[str, float | None]]:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):  # pycocotools prints
         truth = COCO()
@@ -159,5 +167,6 @@ def _coco_table(
         printed.truncate(0)
         printed.seek(0)
         evaluation.summarize()
-    ap, ap50, ap75 = (round(100 * float(value), 2) for value in evaluation.stats[:3])
+    # COCO says −1 where there is nothing to find.
+    ap, ap50, ap75 = (None if value < 0 else round(100 * float(value), 2) for value in evaluation.stats[:3])
     return printed.getvalue().rstrip(), {"AP": ap, "AP50": ap50, "AP75": ap75}

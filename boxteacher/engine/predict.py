@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.io import write_png
 
 from boxteacher.data.images import read_image
 from boxteacher.data.transforms import ResizeLongestSide
 from boxteacher.engine.checkpoint import SegmenterInfo, load_checkpoint
 from boxteacher.engine.devices import pick_device
-from boxteacher.engine.drawing import draw_detections
+from boxteacher.engine.drawing import draw_detections, write_picture
 from boxteacher.engine.evaluate import coco_results
 from boxteacher.engine.files import write_atomically
 from boxteacher.errors import InputError
@@ -47,17 +46,22 @@ def predict(
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InputError(f"two images are named {twice!r}, as their pictures would be: predict them apart")
+    drawings = [output / f"{name}.png" for name in names]
+    for path, drawing in zip(images, drawings, strict=True):
+        if drawing.resolve() == path.resolve():
+            raise InputError(f"{path}: its picture would be written over it: give another --output")
+        read_image(path)
     segmenter, info = load_checkpoint(checkpoint)
     segmenter.to(pick_device(device))
-    pictures = [read_image(path) for path in images]
     output.mkdir(parents=True, exist_ok=True)
     results = []
-    for image_id, (path, image) in enumerate(zip(images, pictures, strict=True)):
+    for image_id, (path, drawing) in enumerate(zip(images, drawings, strict=True)):
+        image = read_image(path)
         small, detections = detect(segmenter, image, info)
         kept = detections["scores"] >= score_threshold
         detections = {key: value[kept] for key, value in detections.items()}
-        drawn = draw_detections(small, detections, info.class_names, score_threshold)
-        write_png(drawn, str(output / f"{path.stem}.png"))
+        picture = draw_detections(small, detections, info.class_names, score_threshold)
+        write_picture(drawing, picture)
         size = (image.shape[-2], image.shape[-1])
         rows = coco_results(detections, image_id, size, info.category_ids)
         results += [{"file_name": str(path), **row} for row in rows]

@@ -22,6 +22,7 @@ from boxteacher.engine.segmenters import build_segmenter
 from boxteacher.errors import InputError
 from boxteacher.supervision import BoxSupervised, MaskSupervised, Supervision
 from boxteacher.teacher import BoxTeacher
+from boxteacher.validation import check_range
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,9 @@ _GRADIENT_CLIP = 10.0
 @dataclass(frozen=True)
 class TrainSettings:
     """What a run is made with; `RUN/settings.json` keeps it.
+
+    Raises:
+        InputError: a number is out of range.
 
     Attributes:
         model: name that `build_segmenter` knows.
@@ -72,6 +76,12 @@ class TrainSettings:
     pseudo_warmup_steps: int | None = None
     momentum: float | None = None
 
+    def __post_init__(self) -> None:
+        check_range("lr", self.lr, above=0)
+        check_range("momentum", _given(self.momentum, 0.0), least=0, most=1)
+        for name in ("steps", "batch_size", "image_size"):
+            check_range(name, getattr(self, name), least=1)
+
 
 def train(settings: TrainSettings) -> Path:
     """Trains a segmenter and returns the path of its checkpoint, `output/last.pt`.
@@ -85,6 +95,8 @@ def train(settings: TrainSettings) -> Path:
     checkpoint = settings.output / "last.pt"
     if checkpoint.exists():
         raise InputError(f"{checkpoint} exists: give another --output, or remove that run first")
+    if settings.output.exists() and not settings.output.is_dir():
+        raise InputError(f"{settings.output} is a file: give a folder as --output")
     torch.manual_seed(settings.seed)
     device = pick_device(settings.device)
     data = training_data(settings)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models._utils import IntermediateLayerGetter
 
 from boxteacher.errors import InputError
 
@@ -107,7 +107,7 @@ def _resnet(name: str, weights: Weights) -> Backbone:
         _load_state(network, state, name, weights, optional=("fc.",))
     channels = tuple(_out_channels(getattr(network, f"layer{i}")) for i in (2, 3, 4))
     return Backbone(
-        create_feature_extractor(network, {"layer2": "c3", "layer3": "c4", "layer4": "c5"}),
+        IntermediateLayerGetter(network, {"layer2": "c3", "layer3": "c4", "layer4": "c5"}),
         channels,  # type: ignore[arg-type]
         IMAGENET_MEAN,
         IMAGENET_STD,
@@ -192,10 +192,10 @@ def _load_or_download(name: str, weights: Weights, download: Callable[[], Any]) 
         return _read_state(weights)
     try:
         state: dict[str, Tensor] = download()
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # a broken file in the cache raises whatever its bytes lead to
         raise InputError(
-            f"ImageNet weights of {name} cannot be downloaded ({error}): "
-            "give a file with --weights FILE, or --weights none to start from nothing"
+            f"ImageNet weights of {name} cannot be had ({_first_line(error)}): empty torch's download cache "
+            "if a file in it is broken, give one with --weights FILE, or begin with --weights none"
         ) from error
     return state
 
@@ -206,13 +206,16 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise InputError(f"weights {path} do not exist: check --weights") from None
     except Exception as error:  # torch.load raises whatever the broken byte leads to
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"weights {path} cannot be read ({reason}): give a state dict saved by torch"
+            f"weights {path} cannot be read ({_first_line(error)}): give a state dict saved by torch"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"weights {path} hold no state dict: give one tensor per parameter name")
     return state
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _load_state(
