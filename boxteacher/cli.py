@@ -137,7 +137,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_demo)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="default runs/demo")
-    parser.add_argument("--steps", type=_positive, default=600, help="optimizer steps (default 600)")
+    parser.add_argument("--steps", type=_positive, default=400, help="optimizer steps (default 400)")
 
 
 def _positive(text: str) -> int:

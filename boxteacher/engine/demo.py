@@ -16,24 +16,25 @@ _PICTURES = 12
 def run_demo(output: Path, *, steps: int) -> tuple[Evaluation, Path]:
     """Draws `output/data`, trains CondInst on its boxes in `output/run`, evaluates, and draws masks.
 
+    The backbone and its weights come with the extra `timm`; nothing is downloaded.
+
     Returns:
         The evaluation, and the path of the picture.
 
     Raises:
-        InputError: `output` holds something else.
+        InputError: `output` holds something else, or the extra `timm` is not installed.
     """
     data = output / "data"
     write_shapes(data)
     settings = TrainSettings(
         model="condinst",
-        backbone="resnet18",
+        backbone="efficientnet_lite0",
         data=data,
         output=output / "run",
         steps=steps,
         batch_size=8,
         image_size=128,
         lr=1e-3,
-        weights="none",
         workers=0,
     )
     checkpoint = train(settings)

@@ -34,7 +34,8 @@ Metrics = dict[str, dict[str, float | None] | None]
 class Evaluation:
     """COCO's tables as text, and AP, AP50 and AP75 in percent: `{"segm": {...} | None, "bbox": {...}}`.
 
-    `segm` is None where the annotations have no masks to compare with; a figure, where nothing is to be found.
+    `segm` is None where the annotations have no masks to compare with, and a figure is None where there is
+    nothing to find.
     """
 
     table: str
