@@ -1,6 +1,6 @@
 """Instance segmentation from boxes alone: an EMA teacher for any segmenter."""
 
-from boxteacher.errors import InputError
+from boxteacher.errors import InputError, ProtocolError
 from boxteacher.protocol import (
     Candidates,
     Detections,
@@ -22,6 +22,7 @@ __all__ = [
     "InputError",
     "MaskPredictions",
     "MaskSupervised",
+    "ProtocolError",
     "PseudoMaskProvider",
     "PseudoMasks",
     "StudentOutput",

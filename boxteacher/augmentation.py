@@ -5,6 +5,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from boxteacher.precision import full_precision
+
+_BLUR_KERNEL = 9
+
 
 class StrongAugmentation(nn.Module):
     """Photometric augmentation, drawn for each image by itself and computed on the image's device.
@@ -15,14 +19,17 @@ class StrongAugmentation(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.transform = v2.Compose(
-            [
-                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-                v2.RandomGrayscale(p=0.2),
-                v2.RandomApply([v2.GaussianBlur(kernel_size=9, sigma=(0.1, 2.0))], p=0.5),
-            ]
+        self.color = v2.Compose(
+            [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(p=0.2)]
         )
+        self.blur = v2.RandomApply([v2.GaussianBlur(_BLUR_KERNEL, sigma=(0.1, 2.0))], p=0.5)
 
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Images (3, H_i, W_i), RGB in [0, 1], to as many of the same sizes and range."""
-        return [self.transform(image) for image in images]
+        with full_precision(images[0].device):
+            return [self._augmented(image) for image in images]
+
+    def _augmented(self, image: Tensor) -> Tensor:
+        image = self.color(image)
+        # The blur mirrors the image at its border, so a thinner one cannot be blurred.
+        return self.blur(image) if min(image.shape[-2:]) > _BLUR_KERNEL // 2 else image

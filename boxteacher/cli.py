@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.command(arguments)
     except InputError as error:
-        print(f"boxteacher: error: {error}", file=sys.stderr)
+        print(f"boxteacher: error: {_last_line(error)}", file=sys.stderr)
         return _EXIT_BAD_INPUT
     except OSError as error:
         print(f"boxteacher: error: {error}: check the path, its permissions and the disk", file=sys.stderr)
@@ -32,6 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"boxteacher: stopped: {error}", file=sys.stderr)
         return _EXIT_DIVERGED
     return 0
+
+
+def _last_line(error: InputError) -> str:
+    """The message; a DataLoader's worker wraps it in its own stack trace."""
+    return str(error).strip().splitlines()[-1].removeprefix("boxteacher.errors.InputError: ")
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend."""
+"""The exceptions for what a user can mend."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message is one line that names the thing, its value and the remedy. The command line prints it
     without a stack trace.
     """
+
+
+class ProtocolError(InputError, TypeError):
+    """A model does not follow `PseudoMaskProvider`; the message names what is missing and the guide."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from boxteacher.errors import ProtocolError
 from boxteacher.losses import (
     color_pair_selection,
     color_pairwise_loss,
@@ -18,7 +19,13 @@ from boxteacher.losses.pairs import PairSelection
 from boxteacher.protocol import Detections, MaskPredictions, PseudoMaskProvider, Target
 from boxteacher.steps import StepCounter
 from boxteacher.targets import GridTargets, color_similarity, grid_targets
-from boxteacher.validation import check_batch, check_choice, check_provider_methods, check_range
+from boxteacher.validation import (
+    check_batch,
+    check_choice,
+    check_mask_logits,
+    check_provider_methods,
+    check_range,
+)
 
 
 class Supervision(nn.Module):
@@ -31,7 +38,7 @@ class Supervision(nn.Module):
         student: the segmenter that is trained.
 
     Raises:
-        TypeError: `student` lacks a part of `PseudoMaskProvider`; the message names it.
+        ProtocolError: `student` lacks a part of `PseudoMaskProvider`; the message names it.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -60,8 +67,18 @@ class Supervision(nn.Module):
         grid = grid_targets(images, targets, provider.mask_stride, provider.size_divisor)
         lessons = self._prepare(images, grid)
         output = provider.forward_student(self._student_view(images), targets)
-        rounds = [self._mask_losses(predictions, grid, lessons) for predictions in output.masks]
-        return {**output.losses, **_mean(rounds)}
+        rounds = []
+        for predictions in output.masks:
+            expected = (len(predictions.target_index), *grid.valid.shape[1:])
+            check_mask_logits(self.student, "forward_student", predictions.logits, expected)
+            rounds.append(self._mask_losses(predictions, grid, lessons))
+        mask_losses = _mean(rounds)
+        if twice := output.losses.keys() & mask_losses.keys():
+            raise ProtocolError(
+                f"{type(self.student).__name__}.forward_student returns {', '.join(sorted(twice))}, "
+                "which the core computes: rename it"
+            )
+        return {**output.losses, **mask_losses}
 
     @property
     def segmenter(self) -> nn.Module:
@@ -137,7 +154,7 @@ class BoxSupervised(Supervision):
         warmup_steps: optimizer steps over which the pairwise loss reaches its full weight.
 
     Raises:
-        TypeError: `student` lacks a part of `PseudoMaskProvider`; the message names it.
+        ProtocolError: `student` lacks a part of `PseudoMaskProvider`; the message names it.
         InputError: a setting is out of range.
     """
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from boxteacher.geometry import canvas_size, grid_coordinates, pad_images
 from boxteacher.neighbours import neighbour_offsets, shifted
+from boxteacher.precision import full_precision
 from boxteacher.protocol import Target
 
 
@@ -141,9 +142,10 @@ def color_similarity(
     Returns:
         (B, kernel_size² − 1, h, w) in [0, 1], neighbours in row-major order without the centre.
     """
-    canvas = pad_images(images, size_divisor)  # (B, 3, H, W)
-    pooled = F.avg_pool2d(canvas.float() * 255, mask_stride).floor()  # (B, 3, h, w)
-    lab = rgb_to_lab(pooled / 255)  # (B, 3, h, w)
+    with full_precision(valid.device):
+        canvas = pad_images(images, size_divisor)  # (B, 3, H, W)
+        pooled = F.avg_pool2d(canvas.float() * 255, mask_stride).floor()  # (B, 3, h, w)
+        lab = rgb_to_lab(pooled / 255)  # (B, 3, h, w)
     valid_float = valid.float()
     similarities = []
     for offset in neighbour_offsets(kernel_size, dilation):
@@ -155,17 +157,15 @@ def color_similarity(
 def rgb_to_lab(rgb: Tensor) -> Tensor:
     """sRGB in [0, 1], (B, 3, H, W), to CIE Lab under D65 (IEC 61966-2-1, CIE 15): L in [0, 100]."""
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    xyz = torch.einsum("ij,bjhw->bihw", _RGB_TO_XYZ_OVER_WHITE.to(rgb), linear)
+    red, green, blue = linear.unbind(1)
+    xyz = torch.stack([r * red + g * green + b * blue for r, g, b in _RGB_TO_XYZ_OVER_WHITE], 1)
     compressed = torch.where(xyz > 0.008856, xyz.clamp(min=1e-8) ** (1 / 3), 7.787 * xyz + 16 / 116)
     x, y, z = compressed.unbind(1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 
 
-_RGB_TO_XYZ_OVER_WHITE = torch.tensor(
-    [
-        [0.412453, 0.357580, 0.180423],
-        [0.212671, 0.715160, 0.072169],
-        [0.019334, 0.119193, 0.950227],
-    ],
-    dtype=torch.float64,
-) / torch.tensor([[0.95047], [1.0], [1.08883]], dtype=torch.float64)
+_RGB_TO_XYZ_OVER_WHITE = (
+    (0.412453 / 0.95047, 0.357580 / 0.95047, 0.180423 / 0.95047),
+    (0.212671, 0.715160, 0.072169),
+    (0.019334 / 1.08883, 0.119193 / 1.08883, 0.950227 / 1.08883),
+)

@@ -20,7 +20,7 @@ from boxteacher.protocol import Candidates, MaskPredictions
 from boxteacher.scoring import ConfidenceFormula, mask_confidence, mask_quality, ranking_score
 from boxteacher.supervision import BoxSupervised
 from boxteacher.targets import GridTargets
-from boxteacher.validation import check_choice, check_range
+from boxteacher.validation import check_choice, check_mask_logits, check_range
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class BoxTeacher(BoxSupervised):
     with a drawn mask uses that one, with confidence 1.
 
     The teacher keeps itself up to date: it follows once per optimizer step, whatever the training loop does
-    in between (gradient accumulation, steps that a gradient scaler skips).
+    in between (gradient accumulation, steps that a gradient scaler skips). Keep the weights in float32 and
+    use autocast: an average in half precision stalls.
 
     Example:
         >>> model = BoxTeacher(my_segmenter)  # doctest: +SKIP
@@ -56,8 +57,8 @@ class BoxTeacher(BoxSupervised):
         student: the segmenter that is trained; it follows `PseudoMaskProvider`.
         momentum: that the teacher's average approaches, in [0, 1].
         iou_threshold: least IoU of a candidate's box with the box it is assigned to, in (0, 1].
-        score_threshold: candidates must score above it, in [0, 1).
-        mask_threshold: a cell belongs to a pseudo mask above this probability, in (0, 1).
+        score_threshold: candidates must score above it, in [0, 1].
+        mask_threshold: a cell belongs to a pseudo mask above this probability, in [0, 1].
         confidence: formula of the mask-aware confidence, "released" or "paper" (see `mask_confidence`).
         pixel_weight: of the noise-aware pixel loss.
         affinity_weight: of the noise-reduced affinity loss.
@@ -71,7 +72,7 @@ class BoxTeacher(BoxSupervised):
         inference: whose detections evaluation returns, "teacher" or "student".
 
     Raises:
-        TypeError: `student` lacks a part of `PseudoMaskProvider`; the message names it.
+        ProtocolError: `student` lacks a part of `PseudoMaskProvider`; the message names it.
         InputError: a setting is out of range.
     """
 
@@ -109,6 +110,7 @@ class BoxTeacher(BoxSupervised):
         check_range("affinity_threshold", affinity_threshold, above=0, most=1)
         check_range("pixel_weight", pixel_weight, least=0)
         check_range("affinity_weight", affinity_weight, least=0)
+        check_range("pseudo_warmup_steps", pseudo_warmup_steps or 0, least=0)
         check_choice("confidence", confidence, ("released", "paper"))
         check_choice("inference", inference, ("teacher", "student"))
         self.momentum = momentum
@@ -134,6 +136,9 @@ class BoxTeacher(BoxSupervised):
             self._settle()
         return super().__getattr__(name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "last_pseudo_masks": None}
+
     def train(self, mode: bool = True) -> "BoxTeacher":
         super().train(mode)
         self.teacher.eval()
@@ -158,11 +163,13 @@ class BoxTeacher(BoxSupervised):
             candidates.boxes, candidates.image_index, grid.boxes, grid.image_index, self.iou_threshold
         )  # (K, T)
         iou = torch.where(candidates.scores[:, None] > self.score_threshold, iou, 0.0)
-        # Masks are decoded for these alone, so their number must be known: the one wait for the device.
+        # Masks are decoded for these alone, so their number must be known, and the device waited for.
         eligible = (iou > 0).any(1).nonzero()[:, 0]  # (E,)
         scores = candidates.scores[eligible].float()  # (E,)
         inside = grid.inside[candidates.image_index[eligible]]  # (E, h, w)
-        probabilities = candidates.decode_masks(eligible).float().sigmoid() * inside  # (E, h, w)
+        logits = candidates.decode_masks(eligible)  # (E, h, w)
+        check_mask_logits(self.teacher, "decode_masks", logits, tuple(inside.shape))
+        probabilities = logits.float().sigmoid() * inside  # (E, h, w)
         quality = mask_quality(probabilities, self.mask_threshold)  # (E,)
         chosen = assign_greedily(iou[eligible], ranking_score(scores, quality))  # (T,)
         confidence = mask_confidence(scores, quality, self.confidence)  # (E,)

@@ -6,21 +6,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from boxteacher.errors import InputError
+from boxteacher.errors import InputError, ProtocolError
 from boxteacher.protocol import Target
 
 _METHODS = ("forward_teacher", "forward_student")
 _ATTRIBUTES = ("mask_stride", "size_divisor")
+_GUIDE = "docs/write_an_adapter.md"
 
 
 def check_provider_methods(model: nn.Module) -> None:
-    """Raises TypeError if `model` lacks a part of `PseudoMaskProvider`, naming it."""
+    """Raises ProtocolError if `model` lacks a part of `PseudoMaskProvider`, naming it."""
     missing = [f"the method {name}()" for name in _METHODS if not callable(getattr(model, name, None))]
     missing += [f"the attribute {name}" for name in _ATTRIBUTES if not hasattr(model, name)]
     if missing:
-        raise TypeError(
+        raise ProtocolError(
             f"{type(model).__name__} cannot be taught: it lacks {' and '.join(missing)} of "
-            "PseudoMaskProvider; docs/write_an_adapter.md shows how to add them"
+            f"PseudoMaskProvider; {_GUIDE} shows how to add them"
+        )
+    stride, divisor = model.mask_stride, model.size_divisor
+    if divisor % stride:  # type: ignore[operator]
+        raise ProtocolError(
+            f"{type(model).__name__}: size_divisor {divisor} is not a multiple of mask_stride {stride}; "
+            f"see {_GUIDE}"
+        )
+
+
+def check_mask_logits(model: nn.Module, method: str, logits: Tensor, expected: tuple[int, ...]) -> None:
+    """Raises ProtocolError unless mask logits lie on the mask grid, one map per sample."""
+    if logits.shape != expected:
+        raise ProtocolError(
+            f"{type(model).__name__}.{method} gave mask logits {tuple(logits.shape)} where {expected} is "
+            f"due: one map per sample, on the canvas's grid at mask_stride; see {_GUIDE}"
         )
 
 
@@ -43,10 +59,10 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 def check_batch(images: Sequence[Tensor], targets: Sequence[Target] | None) -> list[Target]:
     """The targets, if they fit the images.
 
-    Only shapes are looked at, so nothing waits for the device.
+    Shapes, types and devices are looked at, no values, so nothing waits for the device.
 
     Raises:
-        InputError: naming the image's position in the batch, the shape and the remedy.
+        InputError: naming the image's position in the batch, what is wrong with it and the remedy.
     """
     if targets is None:
         raise InputError("training needs targets: call model(images, targets), or model.eval() to detect")
@@ -54,12 +70,23 @@ def check_batch(images: Sequence[Tensor], targets: Sequence[Target] | None) -> l
         raise InputError(f"{len(images)} images came with {len(targets)} targets: give one target per image")
     for i, (image, target) in enumerate(zip(images, targets, strict=True)):
         _check_shape(f"image {i}", image, (3, None, None), "an RGB image in [0, 1]")
+        if not image.is_floating_point():
+            raise InputError(f"image {i} is {image.dtype}: give floating-point RGB in [0, 1]")
         for key in ("boxes", "labels"):
             if key not in target:
                 raise InputError(f"target {i} has no {key!r}: give 'boxes' (N, 4) and 'labels' (N,)")
         count = len(target["boxes"])
         _check_shape(f"target {i}: boxes", target["boxes"], (None, 4), "x0, y0, x1, y1 in pixels")
         _check_shape(f"target {i}: labels", target["labels"], (count,), "one label per box")
+        if target["boxes"].dtype not in (torch.float32, torch.float64):
+            raise InputError(f"target {i}: boxes are {target['boxes'].dtype}: give float32, as halves round")
+        if target["labels"].dtype != torch.int64:
+            raise InputError(f"target {i}: labels are {target['labels'].dtype}: give int64")
+        for key, value in target.items():
+            if isinstance(value, Tensor) and value.device != image.device:
+                raise InputError(
+                    f"target {i}: {key} is on {value.device}, its image on {image.device}: move both to one"
+                )
         if "masks" in target:
             shape = (count, *image.shape[-2:])
             _check_shape(
@@ -79,3 +106,17 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], me
     if not fits:
         shape = "(" + ", ".join("any" if size is None else str(size) for size in expected) + ")"
         raise InputError(f"{name} has shape {tuple(tensor.shape)}: give {meaning}, {shape}")
+
+
+def check_labels(targets: Sequence[Target], num_classes: int) -> None:
+    """Raises InputError for a label outside 0 … C−1; only on the CPU, where looking costs nothing."""
+    for i, target in enumerate(targets):
+        labels = target["labels"]
+        if labels.device.type != "cpu" or len(labels) == 0:
+            continue
+        least, most = int(labels.min()), int(labels.max())
+        if least < 0 or most >= num_classes:
+            raise InputError(
+                f"target {i}: labels reach from {least} to {most}: with {num_classes} classes they are "
+                f"0 to {num_classes - 1}, without one for background"
+            )

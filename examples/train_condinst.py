@@ -2,8 +2,8 @@
 
     python examples/train_condinst.py --data DIR --output RUN
 
-DIR holds `annotations/{train,val}.json` with `{train,val}/` or COCO's own layout. `boxteacher train` does the
-same with checks, logs and checkpoints on the way.
+DIR holds `annotations/{train,val}.json` with `{train,val}/` or COCO's own layout. `boxteacher train` adds
+checks, logs, checkpoints on the way, and more settings.
 """
 
 import argparse
@@ -34,7 +34,12 @@ def main() -> None:
     torch.manual_seed(0)
     device = pick_device("auto")
     split = find_split(arguments.data, "train")
-    data = CocoInstances(split.images, split.annotations, transform=training_transform(arguments.image_size))
+    data = CocoInstances(
+        split.images,
+        split.annotations,
+        transform=training_transform(arguments.image_size),
+        ignored_bottom_rows=10 if split.is_coco else 0,
+    )
     sampler = RandomSampler(data, num_samples=arguments.steps * arguments.batch_size)
     loader = DataLoader(data, arguments.batch_size, sampler=sampler, collate_fn=collate, num_workers=2)
 

@@ -12,8 +12,10 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from boxteacher.errors import InputError
 from boxteacher.geometry import grid_coordinates, pad_images
+from boxteacher.precision import full_precision
 from boxteacher.protocol import Candidates, Detections, MaskPredictions, StudentOutput, Target
 from boxteacher.scoring import mask_quality, ranking_score
+from boxteacher.validation import check_labels
 from boxteacher_adapters.fcos import (
     DenseDetections,
     DensePredictions,
@@ -107,6 +109,7 @@ class CondInst(nn.Module):
 
     def forward_student(self, images: list[Tensor], targets: list[Target]) -> StudentOutput:
         """FCOS's losses, and the masks of positive locations, `max_samples` per image at most."""
+        check_labels(targets, self.num_classes)
         features = self._features(images)
         matched = match_locations(features.locations, targets, self.level_sizes, self.num_classes)
         image, location = self._samples(features.predictions, matched)
@@ -155,7 +158,8 @@ class CondInst(nn.Module):
         targets = torch.zeros(batch, device=image.device).index_add(0, image, (rank == 0).to(score))
         share = (self.max_samples / targets.clamp(min=1)).floor().clamp(min=1)
         keep = (positives <= self.max_samples)[image] | (rank < share[image])
-        return image[keep], location[keep]
+        kept = keep.nonzero()[:, 0]
+        return image[kept], location[kept]
 
 
 def _detections_of_image(
@@ -243,8 +247,10 @@ class DynamicMaskHead(nn.Module):
         coordinates = torch.stack(
             [x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], 1
         )  # (M, 2, h, w)
-        inputs = torch.cat([coordinates.to(features), features[image]], 1)  # (M, 2 + in_channels, h, w)
-        return self._convolve(inputs.flatten(2), params).unflatten(2, (height, width))
+        inputs = torch.cat([coordinates, features[image].float()], 1)  # (M, 2 + in_channels, h, w)
+        # Half precision would round coordinates to whole pixels.
+        with full_precision(features.device):
+            return self._convolve(inputs.flatten(2), params.float()).unflatten(2, (height, width))
 
     def _convolve(self, x: Tensor, params: Tensor) -> Tensor:
         parts = params.split(self.split, dim=1)
@@ -252,7 +258,7 @@ class DynamicMaskHead(nn.Module):
         for i, (out, into) in enumerate(self.weight_shapes):
             weight = parts[i].unflatten(1, (out, into))  # (M, out, into)
             bias = parts[layers + i].unsqueeze(2)  # (M, out, 1)
-            x = torch.baddbmm(bias, weight, x.to(weight.dtype))  # (M, out, h · w)
+            x = torch.baddbmm(bias, weight, x)  # (M, out, h · w)
             if i < layers - 1:
                 x = F.relu(x)
         return x

@@ -12,6 +12,12 @@ from torchvision.ops import batched_nms, sigmoid_focal_loss
 from boxteacher.protocol import Target
 from boxteacher_adapters.parts.grouping import rank_in_group
 
+_CENTER_RADIUS = 1.5  # strides, of the square round a box's centre whose locations are positive
+_CLASS_THRESHOLD = 0.05  # least class probability of a detection
+_CANDIDATES_PER_LEVEL = 1000  # entries (location and class) of each level and image that go to NMS
+_NMS_THRESHOLD = 0.6  # a box goes if a better one of its class overlaps it with more than this IoU
+_DETECTIONS_PER_IMAGE = 100
+
 
 @dataclass(frozen=True)
 class Locations:
@@ -144,7 +150,6 @@ def match_locations(
     targets: Sequence[Target],
     level_sizes: Sequence[float],
     num_classes: int,
-    radius: float = 1.5,
 ) -> DenseTargets:
     """Gives each location the smallest box whose centre is near and whose size its level is there for.
 
@@ -153,7 +158,6 @@ def match_locations(
         targets: of B images.
         level_sizes: the greatest distance to a side, in pixels, that each level but the last is there for.
         num_classes: C, the label of background.
-        radius: of the square round a box's centre whose locations are positive, in strides.
     """
     bounds = locations.centers.new_tensor([-1.0, *level_sizes, math.inf])
     lower, upper = bounds[locations.level][:, None], bounds[locations.level + 1][:, None]  # (L, 1)
@@ -164,7 +168,7 @@ def match_locations(
         count = len(boxes)
         sides = _distances(locations.centers, boxes)  # (L, N, 4) in pixels
         farthest = sides.amax(2)  # (L, N)
-        positive = _near_center(locations, boxes, radius) & (farthest >= lower) & (farthest <= upper)
+        positive = _near_center(locations, boxes) & (farthest >= lower) & (farthest <= upper)
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])  # (N,)
         # A last column, larger than any box, is the background's, so that images without boxes work too.
         areas = F.pad(torch.where(positive, area, math.inf), (0, 1), value=torch.finfo(area.dtype).max)
@@ -185,10 +189,10 @@ def _distances(points: Tensor, boxes: Tensor) -> Tensor:
     return torch.stack([x - boxes[:, 0], y - boxes[:, 1], boxes[:, 2] - x, boxes[:, 3] - y], 2)
 
 
-def _near_center(locations: Locations, boxes: Tensor, radius: float) -> Tensor:
-    """(L, N): the location is in the box, and within `radius` strides of its centre on both axes."""
+def _near_center(locations: Locations, boxes: Tensor) -> Tensor:
+    """(L, N): the location is in the box, and near its centre on both axes."""
     center = (boxes[:, :2] + boxes[:, 2:]) / 2  # (N, 2)
-    reach = (radius * locations.stride)[:, None]  # (L, 1)
+    reach = (_CENTER_RADIUS * locations.stride)[:, None]  # (L, 1)
     offset = (locations.centers[:, None] - center).abs()  # (L, N, 2)
     inside = _distances(locations.centers, boxes).amin(2) > 0
     return inside & (offset.amax(2) < reach)
@@ -201,10 +205,10 @@ def fcos_losses(predictions: DensePredictions, targets: DenseTargets) -> dict[st
         `loss_classification`, `loss_box`, `loss_centerness`: scalars, over the number of positives.
     """
     num_classes = predictions.class_logits.shape[-1]
-    positive = targets.target_index >= 0  # (B, L)
-    count = positive.sum().clamp(min=1)
-    one_hot = F.one_hot(targets.labels, num_classes + 1)[..., :num_classes].to(predictions.class_logits)
-    classification = sigmoid_focal_loss(predictions.class_logits, one_hot, reduction="sum") / count
+    positive = (targets.target_index >= 0).nonzero(as_tuple=True)  # image and location, (M,) each
+    count = max(len(positive[0]), 1)
+    one_hot = F.one_hot(targets.labels, num_classes + 1)[..., :num_classes].float()  # (B, L, C)
+    focal = sigmoid_focal_loss(predictions.class_logits.float(), one_hot, reduction="sum")
 
     wanted = targets.distances[positive]  # (M, 4)
     center_wanted = centerness_of(wanted)  # (M,)
@@ -212,7 +216,7 @@ def fcos_losses(predictions: DensePredictions, targets: DenseTargets) -> dict[st
     center_logits = predictions.centerness[positive].float()
     center = F.binary_cross_entropy_with_logits(center_logits, center_wanted, reduction="sum")
     return {
-        "loss_classification": classification,
+        "loss_classification": focal / count,
         "loss_box": (giou * center_wanted).sum() / center_wanted.sum().clamp(min=1e-6),
         "loss_centerness": center / count,
     }
@@ -272,11 +276,6 @@ def select_detections(
     predictions: DensePredictions,
     locations: Locations,
     image_sizes: Sequence[tuple[int, int]],
-    *,
-    class_threshold: float = 0.05,
-    candidates_per_level: int = 1000,
-    nms_threshold: float = 0.6,
-    detections_per_image: int = 100,
 ) -> DenseDetections:
     """Boxes above the class threshold, without near duplicates of the same class and image.
 
@@ -284,34 +283,32 @@ def select_detections(
         predictions: of B images at L locations.
         locations: L of them.
         image_sizes: height and width in pixels of each image.
-        class_threshold: least class probability.
-        candidates_per_level: best entries (location and class) of each level and image that go on.
-        nms_threshold: a box goes if a better one of its class overlaps it with more than this IoU.
-        detections_per_image: best boxes that are kept.
     """
     num_classes = predictions.class_logits.shape[-1]
     class_probability = predictions.class_logits.float().sigmoid()  # (B, L, C)
     scores = (class_probability * predictions.centerness.float().sigmoid()[..., None]).sqrt()
-    scores = torch.where(class_probability > class_threshold, scores, -1.0)
-    selected = []
+    scores = torch.where(class_probability > _CLASS_THRESHOLD, scores, -1.0)
+    best, entries = [], []
     first = 0
     for count in locations.counts:
         level_scores = scores[:, first : first + count].flatten(1)  # (B, L_i · C)
-        best, entry = level_scores.topk(min(candidates_per_level, level_scores.shape[1]), dim=1)
-        image, place = (best > 0).nonzero(as_tuple=True)
-        entry = entry[image, place]
-        selected.append((best[image, place], image, first + entry // num_classes, entry % num_classes))
+        values, entry = level_scores.topk(min(_CANDIDATES_PER_LEVEL, level_scores.shape[1]), dim=1)
+        best.append(values)
+        entries.append(first * num_classes + entry)
         first += count
-    score, image, location, label = (torch.cat(parts) for parts in zip(*selected, strict=True))
-
+    score, entry = torch.cat(best, 1), torch.cat(entries, 1)  # (B, candidates)
+    image, place = (score > 0).nonzero(as_tuple=True)  # (K,) each
+    score, entry = score[image, place], entry[image, place]
+    location, label = entry // num_classes, entry % num_classes
     sides = predictions.distances[image, location].float() * locations.stride[location, None]
     center = locations.centers[location]
     boxes = torch.cat([center - sides[:, :2], center + sides[:, 2:]], 1)  # (K, 4)
-    keep = batched_nms(boxes, score, image * num_classes + label, nms_threshold)
-    keep = keep[rank_in_group(image[keep], score[keep]) < detections_per_image]
+    keep = batched_nms(boxes, score, image * num_classes + label, _NMS_THRESHOLD)
+    boxes = _clip(boxes, image, image_sizes)
+    there = (boxes[keep, 2:] > boxes[keep, :2]).all(1)  # not wholly in the canvas's padding
+    keep = keep[(rank_in_group(image[keep], score[keep]) < _DETECTIONS_PER_IMAGE) & there]
     keep = keep[image[keep].argsort(stable=True)]
-    boxes = _clip(boxes[keep], image[keep], image_sizes)
-    return DenseDetections(boxes, score[keep], label[keep], image[keep], location[keep])
+    return DenseDetections(boxes[keep], score[keep], label[keep], image[keep], location[keep])
 
 
 def _clip(boxes: Tensor, image: Tensor, image_sizes: Sequence[tuple[int, int]]) -> Tensor:

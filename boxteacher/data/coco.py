@@ -206,7 +206,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give a COCO JSON file") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); give a COCO JSON file") from error
     return content if isinstance(content, dict) else {}
 
@@ -226,7 +226,7 @@ def _finite_box(record: _Record) -> list[float]:
     box: list[float] = record.field("bbox", list)
     if len(box) != 4 or not all(type(value) in (int, float) for value in box):
         raise record.error(f"bbox {reprlib.repr(box)} must be four numbers, x, y, width, height; correct it")
-    if not all(map(math.isfinite, box)):
+    if not all(abs(value) < math.inf for value in box):
         raise record.error(f"bbox {box} has a coordinate that is NaN or infinite; correct or remove it")
     return box
 
@@ -241,7 +241,7 @@ def _clip(rows: Floats, sizes: Floats) -> tuple[NDArray[np.float32], NDArray[np.
 def _encode(record: _Record, height: int, width: int) -> bytes:
     segmentation = record.content.get("segmentation")
     if not segmentation:
-        raise record.error("no 'segmentation', but mask supervision and evaluation need masks; add it")
+        raise record.error("no 'segmentation', but mask supervision needs masks; add it")
     try:
         return encode_mask(segmentation, height, width)
     except ValueError as error:

@@ -40,7 +40,7 @@ _STAR = ((0.0, -1.0), (_SIN72, -_COS72), (-_SIN72, -_COS72), (_SIN36, _COS36), (
 def write_shapes(root: Path, *, train: int = 300, val: int = 60, size: int = 128, seed: int = 0) -> None:
     """Draw the data set into a new folder, in the layout that `find_split` finds.
 
-    Each image holds one to five objects of four classes, in any colour, the nearer ones hiding the farther;
+    Each image holds one to four objects of four classes, in any colour, the nearer ones hiding the farther;
     boxes and masks are those of the visible parts. A folder that already holds the same data set is left
     as it is, and a run that is stopped leaves no folder.
 

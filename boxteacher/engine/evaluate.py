@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
 from boxteacher.data import CocoInstances, collate, evaluation_transform, find_split
+from boxteacher.data.images import encode_mask
 from boxteacher.engine.checkpoint import SegmenterInfo, load_checkpoint
 from boxteacher.engine.devices import pick_device
 from boxteacher.engine.files import write_atomically
@@ -57,8 +58,9 @@ def evaluate(checkpoint: Path, data: Path, *, device: str = "auto", workers: int
         transform=evaluation_transform(info.image_size),
         category_ids=info.category_ids,
     )
+    truth = read_truth(split.annotations)
     results = _results(segmenter.to(target_device), dataset, info, workers)
-    evaluation = coco_evaluation(split.annotations, results)
+    evaluation = coco_evaluation(truth, results)
     text = json.dumps(evaluation.metrics) + "\n"
     write_atomically(checkpoint.parent / "metrics.json", lambda path: path.write_text(text))
     return evaluation
@@ -98,32 +100,52 @@ def coco_results(
     ]
 
 
-def coco_evaluation(annotations: Path, results: list[dict[str, Any]]) -> Evaluation:
-    """COCO's evaluation of results against an annotation file.
+def read_truth(annotations: Path) -> dict[str, Any]:
+    """COCO JSON with all that pycocotools needs filled in, and every mask as a checked run-length code.
 
-    Args:
-        annotations: COCO JSON; masks are compared only if every annotation has one.
-        results: as `coco_results` makes them.
+    Masks are left out altogether if not every annotation has one.
+
+    Raises:
+        InputError: an annotation has no box, or a mask that is none; the message names it.
     """
-    content = json.loads(annotations.read_text())
+    content: dict[str, Any] = json.loads(annotations.read_bytes())
+    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
     has_masks = all(record.get("segmentation") for record in content["annotations"])
     if not has_masks:
-        logger.warning(
-            "%s: not every annotation has a segmentation, so only boxes are evaluated", annotations
-        )
+        logger.warning("%s: not every annotation has a segmentation: only boxes are evaluated", annotations)
     for record in content["annotations"]:
-        if "bbox" not in record:
-            raise InputError(f"{annotations}: annotation {record.get('id')} has no bbox: give it one")
+        where = f"{annotations}: annotation {record['id']}"
+        if not isinstance(record.get("bbox"), list) or len(record["bbox"]) != 4:
+            raise InputError(f"{where}: bbox is {record.get('bbox')!r}; give x, y, width, height")
+        segmentation = record.pop("segmentation", None)
+        if has_masks:
+            height, width = sizes[record["image_id"]]
+            try:
+                counts = encode_mask(segmentation, height, width)
+            except ValueError as error:
+                raise InputError(f"{where}: segmentation is no mask ({error}); correct it") from error
+            record["segmentation"] = {"size": [height, width], "counts": counts}
         record.setdefault("iscrowd", 0)
         record.setdefault("area", record["bbox"][2] * record["bbox"][3])
+    return content
+
+
+def coco_evaluation(truth: dict[str, Any], results: list[dict[str, Any]]) -> Evaluation:
+    """COCO's evaluation.
+
+    Args:
+        truth: from `read_truth`; masks are compared if it has them.
+        results: as `coco_results` makes them.
+    """
     tables: list[str] = []
-    metrics: Metrics = {}
+    metrics: Metrics = {"segm": None, "bbox": None}
+    has_masks = all("segmentation" in record for record in truth["annotations"])
     for kind in ("segm", "bbox") if has_masks else ("bbox",):
         # pycocotools writes into results, and takes a mask's area from its box if there is one.
         rows = [{k: v for k, v in row.items() if kind == "bbox" or k != "bbox"} for row in results]
-        table, metrics[kind] = _coco_table(content, rows, kind)
+        table, metrics[kind] = _coco_table(truth, rows, kind)
         tables.append(f"{'Masks' if kind == 'segm' else 'Boxes'}\n{table}")
-    return Evaluation("\n".join(tables), {"segm": metrics.get("segm"), "bbox": metrics["bbox"]})
+    return Evaluation("\n".join(tables), metrics)
 
 
 @torch.inference_mode()

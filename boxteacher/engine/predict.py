@@ -3,11 +3,13 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
-from boxteacher.data.images import read_image
+from boxteacher.data.images import decode_masks, read_image
 from boxteacher.data.transforms import ResizeLongestSide
 from boxteacher.engine.checkpoint import SegmenterInfo, load_checkpoint
 from boxteacher.engine.devices import pick_device
@@ -15,6 +17,7 @@ from boxteacher.engine.drawing import draw_detections, write_picture
 from boxteacher.engine.evaluate import coco_results
 from boxteacher.engine.files import write_atomically
 from boxteacher.errors import InputError
+from boxteacher.protocol import Detections
 
 
 def predict(
@@ -57,13 +60,13 @@ def predict(
     results = []
     for image_id, (path, drawing) in enumerate(zip(images, drawings, strict=True)):
         image = read_image(path)
-        small, detections = detect(segmenter, image, info)
+        detections = _detect(segmenter, image, info)
         kept = detections["scores"] >= score_threshold
         detections = {key: value[kept] for key, value in detections.items()}
-        picture = draw_detections(small, detections, info.class_names, score_threshold)
-        write_picture(drawing, picture)
         size = (image.shape[-2], image.shape[-1])
         rows = coco_results(detections, image_id, size, info.category_ids)
+        full_size = {**detections, **_boxes_and_masks(rows, size)}
+        write_picture(drawing, draw_detections(image, full_size, info.class_names, score_threshold))
         results += [{"file_name": str(path), **row} for row in rows]
     file = output / "results.json"
     write_atomically(file, lambda temporary: temporary.write_text(json.dumps(results) + "\n"))
@@ -71,9 +74,15 @@ def predict(
 
 
 @torch.inference_mode()
-def detect(segmenter: nn.Module, image: Tensor, info: SegmenterInfo) -> tuple[Tensor, dict[str, Tensor]]:
-    """An image (3, H, W) at the size that the segmenter was trained with, and its detections there."""
+def _detect(segmenter: nn.Module, image: Tensor, info: SegmenterInfo) -> Detections:
+    """Detections of an image (3, H, W) at the size that the segmenter was trained with."""
     small, _ = ResizeLongestSide(info.image_size, info.image_size)(image, {})
-    small = small.as_subclass(Tensor).to(next(segmenter.parameters()).device)
-    (detections,) = segmenter([small])
-    return small, detections
+    (detections,) = segmenter([small.as_subclass(Tensor).to(next(segmenter.parameters()).device)])
+    return detections
+
+
+def _boxes_and_masks(rows: list[dict[str, Any]], size: tuple[int, int]) -> Detections:
+    """Boxes (K, 4) and masks (K, 1, H, W) of COCO results, in pixels of the stored image."""
+    counts = [row["segmentation"]["counts"].encode() for row in rows]
+    boxes = torch.tensor([row["bbox"] for row in rows]).reshape(-1, 4)
+    return {"boxes": box_convert(boxes, "xywh", "xyxy"), "masks": decode_masks(counts, *size)[:, None]}

@@ -47,16 +47,16 @@ class TrainingLog:
         if self._board is not None:
             self._board.close()
 
-    def write(self, step: int, losses: dict[str, float], lr: float, pseudo_masks: dict[str, float]) -> None:
+    def write(self, step: int, numbers: dict[str, float], lr: float) -> None:
         """Takes one step's numbers.
 
         Args:
             step: 1 … steps.
-            losses: by name, without their sum.
+            numbers: losses (names that begin with `loss_`) without their sum, and what else there is to tell.
             lr: learning rate of this step.
-            pseudo_masks: their number and mean confidence in this step, or nothing.
         """
-        numbers = {"loss": sum(losses.values()), **losses, **pseudo_masks}
+        total = sum(value for name, value in numbers.items() if name.startswith("loss_"))
+        numbers = {"loss": total, **numbers}
         seconds = time.perf_counter() - self._start
         line = {"step": step, **_rounded(numbers), "lr": lr, "seconds": round(seconds, 2)}
         self._file.write(json.dumps(line) + "\n")

@@ -4,11 +4,12 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
@@ -22,7 +23,7 @@ from boxteacher.engine.segmenters import build_segmenter
 from boxteacher.errors import InputError
 from boxteacher.supervision import BoxSupervised, MaskSupervised, Supervision
 from boxteacher.teacher import BoxTeacher
-from boxteacher.validation import check_range
+from boxteacher.validation import check_choice, check_range
 
 logger = logging.getLogger(__name__)
 
@@ -77,10 +78,23 @@ class TrainSettings:
     momentum: float | None = None
 
     def __post_init__(self) -> None:
+        check_choice("supervision", self.supervision, ("teacher", "box", "mask"))
         check_range("lr", self.lr, above=0)
         check_range("momentum", _given(self.momentum, 0.0), least=0, most=1)
         for name in ("steps", "batch_size", "image_size"):
             check_range(name, getattr(self, name), least=1)
+        for name in ("workers", "warmup_steps", "pseudo_warmup_steps"):
+            check_range(name, _given(getattr(self, name), 0), least=0)
+
+    def resolved(self) -> "TrainSettings":
+        """The same with every default that depends on the run's length, or on the machine, filled in."""
+        return replace(
+            self,
+            device=str(pick_device(self.device)),
+            warmup_steps=_given(self.warmup_steps, min(10_000, self.steps // 5)),
+            pseudo_warmup_steps=_given(self.pseudo_warmup_steps, min(10_000, self.steps)),
+            momentum=_given(self.momentum, max(0.0, min(0.999, 1 - 10 / self.steps))),
+        )
 
 
 def train(settings: TrainSettings) -> Path:
@@ -90,15 +104,16 @@ def train(settings: TrainSettings) -> Path:
 
     Raises:
         InputError: the data, the weights or the settings cannot be used; nothing has been trained.
-        FloatingPointError: a loss became infinite or NaN; `last.pt` is the last good checkpoint.
+        FloatingPointError: a loss or the gradient is infinite or NaN; `last.pt` is the last good checkpoint.
     """
     checkpoint = settings.output / "last.pt"
     if checkpoint.exists():
         raise InputError(f"{checkpoint} exists: give another --output, or remove that run first")
     if settings.output.exists() and not settings.output.is_dir():
         raise InputError(f"{settings.output} is a file: give a folder as --output")
+    settings = settings.resolved()
     torch.manual_seed(settings.seed)
-    device = pick_device(settings.device)
+    device = torch.device(settings.device)
     data = training_data(settings)
     segmenter = build_segmenter(
         settings.model,
@@ -122,11 +137,11 @@ def train(settings: TrainSettings) -> Path:
             total = torch.stack(list(losses.values())).sum()
             optimizer.zero_grad(set_to_none=True)
             total.backward()
-            values = _numbers(losses)
-            _check_finite(values, step, saved, [names[target["image_id"]] for target in targets])
-            nn.utils.clip_grad_norm_(model.student.parameters(), _GRADIENT_CLIP)
+            norm = nn.utils.clip_grad_norm_(model.student.parameters(), _GRADIENT_CLIP)
+            numbers = _numbers({**losses, "gradient_norm": norm, **_pseudo_masks(model)})
+            _check_finite(numbers, step, saved, [names[target["image_id"]] for target in targets])
             optimizer.step()
-            log.write(step, values, float(schedule.get_last_lr()[0]), _pseudo_masks(model))
+            log.write(step, numbers, float(schedule.get_last_lr()[0]))
             schedule.step()
             if step % every == 0 or step == settings.steps:
                 save_checkpoint(checkpoint, model.segmenter, info)
@@ -152,16 +167,18 @@ def training_data(settings: TrainSettings) -> CocoInstances:
 
 def supervise(segmenter: nn.Module, settings: TrainSettings) -> Supervision:
     """Puts the segmenter under the supervision that the settings name, scaled to the run's length."""
+    settings = settings.resolved()
     if settings.supervision == "mask":
         return MaskSupervised(segmenter)
-    warmup = _given(settings.warmup_steps, min(10_000, settings.steps // 5))
+    warmup: Any = settings.warmup_steps
     if settings.supervision == "box":
         return BoxSupervised(segmenter, warmup_steps=warmup)
+    momentum: Any = settings.momentum
     return BoxTeacher(
         segmenter,
-        momentum=_given(settings.momentum, max(0.0, min(0.999, 1 - 10 / settings.steps))),
+        momentum=momentum,
         warmup_steps=warmup,
-        pseudo_warmup_steps=_given(settings.pseudo_warmup_steps, min(10_000, settings.steps)),
+        pseudo_warmup_steps=settings.pseudo_warmup_steps,
     )
 
 
@@ -200,20 +217,20 @@ def _batches(
         sampler=sampler,
         num_workers=settings.workers,
         collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=settings.device.startswith("cuda"),
         generator=generator,
     )
     return iter(loader)
 
 
-def _numbers(losses: dict[str, Tensor]) -> dict[str, float]:
-    """The losses as numbers: one transfer, and the one wait for the device in the loop."""
-    values = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()
-    return dict(zip(losses, values, strict=True))
+def _numbers(scalars: dict[str, Tensor]) -> dict[str, float]:
+    """All of a step's scalars in one transfer: the loop's one wait for the device."""
+    values = torch.stack([scalar.detach().float() for scalar in scalars.values()]).tolist()
+    return dict(zip(scalars, values, strict=True))
 
 
-def _check_finite(losses: dict[str, float], step: int, saved: int, images: list[str]) -> None:
-    for name, value in losses.items():
+def _check_finite(numbers: dict[str, float], step: int, saved: int, images: list[str]) -> None:
+    for name, value in numbers.items():
         if not math.isfinite(value):
             kept = f"last.pt, of step {saved}, is kept" if saved else "there is no checkpoint yet"
             raise FloatingPointError(
@@ -222,14 +239,12 @@ def _check_finite(losses: dict[str, float], step: int, saved: int, images: list[
             )
 
 
-def _pseudo_masks(model: Supervision) -> dict[str, float]:
+def _pseudo_masks(model: Supervision) -> dict[str, Tensor]:
     if not isinstance(model, BoxTeacher) or model.last_pseudo_masks is None:
         return {}
     confidence = model.last_pseudo_masks.confidence  # (T,)
     number = (confidence > 0).sum()
-    mean = confidence.sum() / number.clamp(min=1)
-    number_value, mean_value = torch.stack([number.float(), mean]).tolist()
-    return {"pseudo_masks": number_value, "confidence": mean_value}
+    return {"pseudo_masks": number, "confidence": confidence.sum() / number.clamp(min=1)}
 
 
 def _write_settings(settings: TrainSettings) -> None:
@@ -238,6 +253,7 @@ def _write_settings(settings: TrainSettings) -> None:
         **asdict(settings),
         "boxteacher": __version__,
         "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
         "threads": torch.get_num_threads(),
     }
     text = json.dumps(content, indent=2, default=str) + "\n"

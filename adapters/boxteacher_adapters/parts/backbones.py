@@ -2,7 +2,8 @@
 
 import importlib.util
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 
 from boxteacher.errors import InputError
+from boxteacher.validation import check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +96,8 @@ def build_backbone(name: str, weights: Weights = "imagenet") -> Backbone:
     Raises:
         InputError: no such backbone, or the weights cannot be had or do not fit.
     """
+    if isinstance(weights, str):
+        check_choice("weights", weights, ("imagenet", "none"))
     if name in torchvision.models.list_models() and name.startswith("resnet"):
         return _resnet(name, weights)
     return _timm_network(name, weights)
@@ -138,8 +142,10 @@ def _timm_network(name: str, weights: Weights) -> Backbone:
         strides = [stage["reduction"] for stage in stages]
         raise InputError(f"backbone {name!r} has strides {strides}: take one with 8, 16 and 32")
     network: Any = timm.create_model(timm_name, features_only=True, out_indices=wanted)
+    _check_any_size(network, name)
     if weights != "none":
         state = _load_or_download(name, weights, lambda: _timm_state(timm_name))
+        state = {_flattened(key, network.state_dict()): value for key, value in state.items()}
         _load_state(
             network, state, name, weights, optional=("conv_head.", "bn2.", "classifier.", "head", "fc.")
         )
@@ -152,6 +158,25 @@ def _timm_network(name: str, weights: Weights) -> Backbone:
         frozen=() if weights == "none" else _parameters_up_to_stride_4(network, stages),
         frozen_norms=weights != "none",
     )
+
+
+def _check_any_size(network: Any, name: str) -> None:
+    """Raises InputError for a network of a fixed image size, or whose maps are not (B, D, h, w)."""
+    try:
+        with torch.no_grad():
+            shapes = [tuple(features.shape[1:]) for features in network.eval()(torch.zeros(1, 3, 64, 96))]
+    except (AssertionError, RuntimeError) as error:
+        raise InputError(f"backbone {name!r} takes images of one size only: take another") from error
+    expected = [
+        (d, 64 // s, 96 // s) for d, s in zip(network.feature_info.channels(), (8, 16, 32), strict=True)
+    ]
+    if shapes != expected:
+        raise InputError(f"backbone {name!r} gives maps {shapes}, not {expected}: take another")
+
+
+def _flattened(key: str, wanted: Container[str]) -> str:
+    """A key as timm's feature networks spell it, some of which write `stages.0.` as `stages_0.`."""
+    return key if key in wanted else re.sub(r"^([a-z]+)\.(\d+)\.", r"\1_\2.", key)
 
 
 def _parameters_up_to_stride_4(network: nn.Module, stages: list[dict[str, Any]]) -> tuple[str, ...]:
