@@ -590,10 +590,58 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert len(log_of(tmp_path / "run")) == 2
 
 
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(shapes, tmp_path, capsys, monkeypatch):
+    forward = BoxTeacher.forward
+
+    def poisoned(self: BoxTeacher, *args: Any) -> Any:
+        losses = forward(self, *args)
+        if self.training and self.optimizer_steps == 2:
+            scale = next(p for p in self.student.parameters() if p.requires_grad).sum()
+            losses["loss_pixel"] = losses["loss_pixel"] + (scale * 0).sqrt()  # finite, its gradient is not
+        return losses
+
+    monkeypatch.setattr(BoxTeacher, "forward", poisoned)
+    message = error_of(train_arguments(shapes, tmp_path / "run"), capsys, code=3)
+    assert "gradient_norm" in message
+    segmenter, _ = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert all(torch.isfinite(p).all() for p in segmenter.parameters())
+
+
+def test_a_picture_that_breaks_during_training_is_named_by_the_worker(shapes, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    content = json.loads((data / "annotations" / "train.json").read_text())
+    for record in content["images"]:  # the end that the quick check looks for is there, the middle is not
+        path = data / "train" / record["file_name"]
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes(200) + whole[middle + 200 :])
+    arguments = train_arguments(data, tmp_path / "run")
+    arguments[arguments.index("--workers") + 1] = "1"
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith(f"boxteacher: error: {data / 'train'}")
+    assert "Traceback" not in error
+
+
+def test_settings_json_holds_what_was_resolved(run):
+    settings = json.loads((run / "settings.json").read_text())
+    for name in ("warmup_steps", "pseudo_warmup_steps", "momentum", "device", "torch", "torchvision"):
+        assert settings[name] not in (None, "auto")
+
+
+def test_a_broken_mask_stops_an_evaluation_before_it_begins(run, shapes, tmp_path, capsys):
+    def break_mask(content: dict[str, Any]) -> None:
+        annotation(content)["segmentation"] = [[1, 2, 3, 4]]
+
+    data = edited(shapes, tmp_path / "data", "val", break_mask)
+    assert "segmentation" in error_of(["evaluate", str(run / "last.pt"), "--data", str(data)], capsys)
+
+
 def test_a_run_that_diverges_by_itself_stops(shapes, tmp_path, capsys):
     arguments = train_arguments(shapes, tmp_path / "run", "--lr", "1e30", "--steps", "8")
     message = error_of(arguments, capsys, code=3)
-    assert "loss_" in message
+    assert "loss_" in message or "gradient_norm" in message
     path = tmp_path / "run" / "last.pt"
     if path.exists():
         segmenter, _ = load_checkpoint(path)

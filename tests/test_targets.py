@@ -226,3 +226,13 @@ def test_an_image_has_the_same_colours_and_cells_alone_as_beside_a_larger_one():
     beside = color_similarity([large, small], together.valid, 4, 32)[1]
     rows, columns = alone.inside[0].any(1).sum(), alone.inside[0].any(0).sum()
     assert torch.equal(similarity[:, :rows, :columns], beside[:, :rows, :columns])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_colours_as_they_are(dtype):
+    torch.manual_seed(0)
+    images = [(0.5 + 0.05 * torch.randn(3, 64, 64)).clamp(0, 1)]
+    valid = torch.ones(1, 16, 16, dtype=torch.bool)
+    plain = color_similarity(images, valid, 4, 32)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(color_similarity(images, valid, 4, 32), plain)

@@ -1,0 +1,96 @@
+"""What does not fit is said in one line, before anything is computed."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from boxteacher import BoxSupervised, BoxTeacher, InputError, MaskPredictions, ProtocolError, StudentOutput
+from boxteacher.validation import check_batch, check_labels, check_range
+from tests.support import ScriptedSegmenter, script, seeded_images, target
+
+
+def refusal(**changes: Any) -> str:
+    given = {**target((0, 0, 8, 8)), **changes}
+    with pytest.raises(InputError) as caught:
+        check_batch(seeded_images((32, 32)), [given])  # type: ignore[list-item]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_types_that_would_round_or_fail_later_are_named() -> None:
+    assert "boxes are torch.bfloat16" in refusal(boxes=torch.zeros(1, 4, dtype=torch.bfloat16))
+    assert "labels are torch.int32" in refusal(labels=torch.zeros(1, dtype=torch.int32))
+    assert "has_mask" in refusal(has_mask=torch.ones(1, dtype=torch.bool))
+    assert "has_mask" in refusal(has_mask=torch.ones(1), masks=torch.zeros(1, 32, 32))
+
+
+def test_a_target_on_another_device_is_named() -> None:
+    assert "boxes is on meta" in refusal(boxes=torch.zeros(1, 4, device="meta"))
+
+
+def test_bytes_are_no_image() -> None:
+    with pytest.raises(InputError, match=r"image 0 is torch\.uint8"):
+        check_batch([torch.zeros(3, 8, 8, dtype=torch.uint8)], [target((0, 0, 8, 8))])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_that_is_no_class_is_named(label: int) -> None:
+    with pytest.raises(InputError, match=f"target 1.*{label}.*0 to 2"):
+        check_labels([target((0, 0, 1, 1)), {**target((0, 0, 1, 1)), "labels": torch.tensor([label])}], 3)
+    check_labels([{**target((0, 0, 1, 1)), "labels": torch.tensor([2])}], 3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 1.1])
+def test_a_number_out_of_range_is_named_with_its_range(value: float) -> None:
+    with pytest.raises(InputError, match=r"momentum is .* at least 0 and at most 1"):
+        check_range("momentum", value, least=0, most=1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"confidence": "papre"},
+        {"inference": "studnet"},
+        {"momentum": 2},
+        {"iou_threshold": 0},
+        {"kernel_size": 4},
+    ],
+)
+def test_a_misspelt_or_senseless_setting_is_refused_at_once(settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(settings))):
+        BoxTeacher(ScriptedSegmenter(script()), **settings)
+
+
+class Wrong(ScriptedSegmenter):
+    """Answers logits on half the grid, or a loss of the core's name."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(script())
+        self.fault = fault
+
+    def forward_student(self, images: list[Tensor], targets: list[Any]) -> StudentOutput:
+        output = super().forward_student(images, targets)
+        if self.fault == "grid":
+            masks = [MaskPredictions(m.logits[:, ::2, ::2], m.target_index) for m in output.masks]
+            return StudentOutput(output.losses, masks)
+        return StudentOutput({"loss_projection": torch.zeros(())}, output.masks)
+
+
+@pytest.mark.parametrize(("fault", "named"), [("grid", "gave mask logits"), ("name", "loss_projection")])
+def test_an_adapter_that_answers_wrongly_is_told_so(fault: str, named: str) -> None:
+    with pytest.raises(ProtocolError, match=named):
+        BoxSupervised(Wrong(fault)).train()(seeded_images((32, 32)), [target((0, 0, 30, 30))])
+
+
+def test_a_divisor_that_the_stride_does_not_divide_is_refused() -> None:
+    segmenter = ScriptedSegmenter(script())
+    segmenter.size_divisor = segmenter.mask_stride + 1
+    with pytest.raises(ProtocolError, match="not a multiple of mask_stride"):
+        BoxTeacher(segmenter)
+
+
+def test_a_plain_module_is_told_what_it_lacks_and_where_the_guide_is() -> None:
+    with pytest.raises(TypeError, match=r"forward_teacher\(\).*forward_student\(\).*write_an_adapter"):
+        BoxTeacher(nn.Linear(1, 1))
