@@ -1,0 +1,186 @@
+"""Whatever is wrong with what was given is said in one line, before anything is trained or written."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from boxteacher.cli import main
+from tests.engine_support import (
+    annotation,
+    drop_annotations,
+    edited,
+    error_of,
+    train_arguments,
+)
+
+
+@pytest.mark.parametrize(
+    "values", [["--lr", "-1"], ["--lr", "nan"], ["--momentum", "2"], ["--momentum", "-0.1"]]
+)
+def test_numbers_that_make_no_sense_are_refused_in_one_line(shapes, tmp_path, capsys, values):
+    try:
+        code = main(train_arguments(shapes, tmp_path / "run", *values))
+    except SystemExit as refused:  # by the parser
+        code = refused.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert values[0].strip("-") in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (drop_annotations, ["train.json", "box"]),
+        (lambda c: annotation(c).update(category_id=99), ["train.json", "99", "annotations[2]"]),
+        (lambda c: annotation(c).update(image_id=99), ["train.json", "99", "annotations[2]"]),
+        (lambda c: annotation(c).update(bbox=[1, 2, 3]), ["train.json", "[1, 2, 3]"]),
+        (lambda c: annotation(c).update(bbox=[1, 2, math.nan, 3]), ["train.json", "nan"]),
+        (lambda c: c["images"][1].update(file_name="gone.png"), ["gone.png"]),
+        (lambda c: c["images"][1].update(width=9), [".png", "9"]),
+        (lambda c: c.pop("categories"), ["train.json", "categories"]),
+    ],
+)
+def test_a_broken_annotation_file_is_named_in_one_line(shapes, tmp_path, capsys, change, named):
+    data = edited(shapes, tmp_path / "data", "train", change)
+    message = error_of(train_arguments(data, tmp_path / "run"), capsys)
+    assert all(part in message for part in named)
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_that_are_missing_or_broken_are_named_in_one_line(shapes, tmp_path, capsys):
+    def message(data: Path) -> str:
+        text = error_of(train_arguments(data, tmp_path / "run"), capsys)
+        assert not (tmp_path / "run").exists()
+        return text
+
+    assert str(tmp_path / "nowhere") in message(tmp_path / "nowhere")
+
+    neither = tmp_path / "neither"
+    neither.mkdir()
+    assert str(neither) in message(neither)
+
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    image = sorted((data / "train").iterdir())[3]
+    image.write_bytes(image.read_bytes()[:-200])
+    assert str(image) in message(data)
+    image.unlink()
+    assert str(image) in message(data)
+
+    (data / "annotations" / "train.json").write_text("{'not': json")
+    assert str(data / "annotations" / "train.json") in message(data)
+
+
+def test_a_finished_run_is_never_overwritten(shapes, run, capsys):
+    before = (run / "last.pt").read_bytes()
+    assert str(run / "last.pt") in error_of(train_arguments(shapes, run), capsys)
+    assert (run / "last.pt").read_bytes() == before
+
+
+def test_an_output_that_is_a_file_is_named(shapes, tmp_path, capsys):
+    output = tmp_path / "file"
+    output.write_text("mine")
+    assert str(output) in error_of(train_arguments(shapes, output), capsys)
+    assert output.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--model", "no_model"),
+        ("--backbone", "no_backbone"),
+        ("--weights", "no_weights.pth"),
+        ("--device", "no_device"),
+    ],
+)
+def test_a_setting_that_names_nothing_is_named(shapes, tmp_path, capsys, option, value):
+    message = error_of(train_arguments(shapes, tmp_path / "run", option, value), capsys)
+    assert value in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--steps", "0"), ("--batch-size", "-1"), ("--workers", "-1"), ("--image-size", "x")],
+)
+def test_numbers_out_of_range_are_refused_by_the_parser(shapes, tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit) as caught:
+        main(train_arguments(shapes, tmp_path / "run", option, value))
+    assert caught.value.code == 2
+    assert option in capsys.readouterr().err
+
+
+def broken_checkpoints(run: Path, folder: Path) -> dict[str, Path]:
+    content = torch.load(run / "last.pt", weights_only=True)
+    names = ("empty", "truncated", "picture", "foreign", "other", "nothing", "half", "info")
+    paths = {name: folder / f"{name}.pt" for name in names}
+    paths["empty"].write_bytes(b"")
+    paths["truncated"].write_bytes((run / "last.pt").read_bytes()[:-5000])
+    paths["picture"].write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(300))
+    torch.save({"conv1.weight": torch.zeros(3)}, paths["foreign"])
+    torch.save([1, 2, 3], paths["other"])
+    weights = dict(list(content["weights"].items())[:10])
+    torch.save({**content, "weights": weights}, paths["half"])
+    torch.save({**content, "info": {"model": "condinst"}}, paths["info"])
+    return paths
+
+
+@pytest.mark.parametrize(
+    "kind", ["empty", "truncated", "picture", "foreign", "other", "nothing", "half", "info"]
+)
+def test_a_broken_checkpoint_is_named_in_one_line(run, shapes, tmp_path, capsys, kind):
+    path = broken_checkpoints(run, tmp_path)[kind]
+    assert str(path) in error_of(["evaluate", str(path), "--data", str(shapes), "--workers", "0"], capsys)
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_an_evaluation_on_foreign_categories_is_refused(run, shapes, tmp_path, capsys):
+    def renumber(content: dict[str, Any]) -> None:
+        for record in content["categories"]:
+            record["id"] += 10
+        for record in content["annotations"]:
+            record["category_id"] += 10
+
+    data = edited(shapes, tmp_path / "foreign", "val", renumber)
+    arguments = ["evaluate", str(run / "last.pt"), "--data", str(data), "--workers", "0"]
+    assert "category_id" in error_of(arguments, capsys)
+
+
+def test_prediction_of_broken_or_twin_images_writes_nothing(run, shapes, tmp_path, capsys):
+    good = sorted((shapes / "val").iterdir())[0]
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(good.read_bytes()[:100])
+    twin = tmp_path / good.name
+    shutil.copy(good, twin)
+    out = tmp_path / "out"
+    for images, named in (
+        ([good, broken], str(broken)),
+        ([good, tmp_path / "gone.png"], "gone.png"),
+        ([good, twin], good.stem),
+    ):
+        arguments = ["predict", str(run / "last.pt"), *map(str, images), "--output", str(out)]
+        assert named in error_of(arguments, capsys)
+        assert not out.exists()
+
+
+def test_a_picture_that_breaks_during_training_is_named_by_the_worker(shapes, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    content = json.loads((data / "annotations" / "train.json").read_text())
+    for record in content["images"]:  # the end that the quick check looks for is there, the middle is not
+        path = data / "train" / record["file_name"]
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes(200) + whole[middle + 200 :])
+    arguments = train_arguments(data, tmp_path / "run")
+    arguments[arguments.index("--workers") + 1] = "1"
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith(f"boxteacher: error: {data / 'train'}")
+    assert "Traceback" not in error

@@ -1,0 +1,166 @@
+"""Training through the command line, on real files."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from boxteacher import BoxTeacher, InputError
+from boxteacher.cli import main
+from boxteacher.engine.checkpoint import SegmenterInfo, load_checkpoint
+from boxteacher.engine.segmenters import build_segmenter, segmenter_names
+from boxteacher.engine.train import TrainSettings, supervise
+from boxteacher.supervision import BoxSupervised, MaskSupervised
+from tests.engine_support import (
+    edited,
+    error_of,
+    log_of,
+    train_arguments,
+    without_masks,
+)
+
+
+def test_a_run_leaves_a_checkpoint_its_settings_and_a_line_per_step(run, shapes):
+    assert {"last.pt", "settings.json", "log.jsonl"} <= {path.name for path in run.iterdir()}
+    assert not list(run.glob("*.partial"))
+    made_with = json.loads((run / "settings.json").read_text())
+    assert made_with["data"] == str(shapes)
+    assert (made_with["steps"], made_with["batch_size"], made_with["seed"]) == (3, 2, 0)
+    assert made_with["torch"] == torch.__version__
+    lines = log_of(run)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    names = {"classification", "box", "centerness", "projection", "pairwise", "pixel", "affinity"}
+    for line in lines:
+        losses = {k: v for k, v in line.items() if k.startswith("loss_")}
+        assert set(losses) == {f"loss_{name}" for name in names}
+        assert line["loss"] == pytest.approx(sum(losses.values()), rel=1e-4)
+        assert line["pseudo_masks"] >= 0
+        assert 0 <= line["confidence"] <= 1
+
+
+def test_the_checkpoint_is_the_trained_teacher_in_a_file_of_plain_values(run):
+    segmenter, info = load_checkpoint(run / "last.pt")
+    assert info == SegmenterInfo(
+        "condinst", "resnet18", 64, ["disc", "triangle", "star", "cross"], [1, 2, 3, 4]
+    )
+    assert not segmenter.training
+    assert type(segmenter).__name__ == "CondInst"
+    content = torch.load(run / "last.pt", weights_only=True)
+    assert content["weights"].keys() == segmenter.state_dict().keys()
+
+
+@pytest.mark.parametrize("supervision", ["teacher", "box"])
+def test_training_without_masks_in_the_file_is_the_same_to_the_last_bit(shapes, run, tmp_path, supervision):
+    stripped = edited(shapes, tmp_path / "stripped", "train", without_masks)
+    assert main(train_arguments(stripped, tmp_path / "without", "--supervision", supervision)) == 0
+    if supervision == "teacher":
+        reference = run
+    else:
+        reference = tmp_path / "with"
+        assert main(train_arguments(shapes, reference, "--supervision", supervision)) == 0
+    assert log_of(tmp_path / "without") == log_of(reference)
+    ours, theirs = (
+        torch.load(folder / "last.pt", weights_only=True)["weights"]
+        for folder in (tmp_path / "without", reference)
+    )
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_seed_determines_a_run_and_another_seed_does_not(shapes, run, tmp_path):
+    for seed in (0, 1):
+        assert main(train_arguments(shapes, tmp_path / str(seed), "--seed", str(seed))) == 0
+    assert log_of(tmp_path / "0") == log_of(run)
+    assert log_of(tmp_path / "1") != log_of(run)
+
+
+def test_mask_supervision_reads_masks(shapes, tmp_path, capsys):
+    assert main(train_arguments(shapes, tmp_path / "run", "--supervision", "mask", "--steps", "1")) == 0
+    (line,) = log_of(tmp_path / "run")
+    assert line["loss_mask"] > 0
+    assert "loss_projection" not in line
+    stripped = edited(shapes, tmp_path / "stripped", "train", without_masks)
+    message = error_of(train_arguments(stripped, tmp_path / "other", "--supervision", "mask"), capsys)
+    assert "segmentation" in message
+
+
+def test_the_settings_scale_with_the_length_of_a_run():
+    def model_of(steps: int, supervision: str = "teacher", **more: Any) -> Any:
+        made = TrainSettings(
+            "condinst", "resnet18", Path(), Path(), supervision=supervision, steps=steps, **more
+        )
+        segmenter = build_segmenter("condinst", 2, backbone="resnet18", weights="none", image_size=64)
+        return supervise(segmenter, made)
+
+    short, long = model_of(500), model_of(90_000)
+    assert isinstance(short, BoxTeacher)
+    assert (short.momentum, short.warmup_steps, short.pseudo_warmup_steps) == (0.98, 100, 500)
+    assert (long.momentum, long.warmup_steps, long.pseudo_warmup_steps) == (0.999, 10_000, 10_000)
+    given = model_of(500, momentum=0.0, warmup_steps=0, pseudo_warmup_steps=7)
+    assert (given.momentum, given.warmup_steps, given.pseudo_warmup_steps) == (0, 0, 7)
+    assert type(model_of(500, "box")) is BoxSupervised
+    assert model_of(500, "box").warmup_steps == 100
+    assert type(model_of(500, "mask")) is MaskSupervised
+
+
+def test_a_registered_segmenter_is_found_by_its_name():
+    assert "condinst" in segmenter_names()
+    with pytest.raises(InputError, match=r"no model 'condinsd'.*condinst"):
+        build_segmenter("condinsd", 2, backbone="resnet18", weights="none", image_size=64)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    shapes, tmp_path, capsys, monkeypatch
+):
+    forward = BoxTeacher.forward
+
+    def poisoned(self: BoxTeacher, *args: Any) -> Any:
+        losses = forward(self, *args)
+        if self.training and self.optimizer_steps == 2:
+            losses["loss_pixel"] = losses["loss_pixel"] * math.nan
+        return losses
+
+    monkeypatch.setattr(BoxTeacher, "forward", poisoned)
+    message = error_of(train_arguments(shapes, tmp_path / "run"), capsys, code=3)
+    assert "loss_pixel" in message
+    assert "nan" in message
+    assert "step 3" in message
+    assert message.count(".png") == 2
+    segmenter, _ = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert all(torch.isfinite(p).all() for p in segmenter.parameters())
+    assert len(log_of(tmp_path / "run")) == 2
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(shapes, tmp_path, capsys, monkeypatch):
+    forward = BoxTeacher.forward
+
+    def poisoned(self: BoxTeacher, *args: Any) -> Any:
+        losses = forward(self, *args)
+        if self.training and self.optimizer_steps == 2:
+            scale = next(p for p in self.student.parameters() if p.requires_grad).sum()
+            losses["loss_pixel"] = losses["loss_pixel"] + (scale * 0).sqrt()  # finite, its gradient is not
+        return losses
+
+    monkeypatch.setattr(BoxTeacher, "forward", poisoned)
+    message = error_of(train_arguments(shapes, tmp_path / "run"), capsys, code=3)
+    assert "gradient_norm" in message
+    segmenter, _ = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert all(torch.isfinite(p).all() for p in segmenter.parameters())
+
+
+def test_settings_json_holds_what_was_resolved(run):
+    settings = json.loads((run / "settings.json").read_text())
+    for name in ("warmup_steps", "pseudo_warmup_steps", "momentum", "device", "torch", "torchvision"):
+        assert settings[name] not in (None, "auto")
+
+
+def test_a_run_that_diverges_by_itself_stops(shapes, tmp_path, capsys):
+    arguments = train_arguments(shapes, tmp_path / "run", "--lr", "1e30", "--steps", "8")
+    message = error_of(arguments, capsys, code=3)
+    assert "loss_" in message or "gradient_norm" in message
+    path = tmp_path / "run" / "last.pt"
+    if path.exists():
+        segmenter, _ = load_checkpoint(path)
+        assert all(torch.isfinite(p).all() for p in segmenter.parameters())
