@@ -135,7 +135,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="RUN/last.pt")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     parser.add_argument("--output", type=Path, required=True, help="folder for pictures and results.json")
-    parser.add_argument("--score-threshold", type=float, default=0.5, help="least score shown (default 0.5)")
+    parser.add_argument("--score-threshold", type=float, default=0.6, help="least score shown (default 0.6)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, …")
 
 

@@ -11,6 +11,7 @@ from boxteacher.engine.evaluate import Evaluation, evaluate
 from boxteacher.engine.train import TrainSettings, train
 
 _PICTURES = 12
+_SHOWN_SCORE = 0.6
 
 
 def run_demo(output: Path, *, steps: int) -> tuple[Evaluation, Path]:
@@ -58,5 +59,5 @@ def _sheet(checkpoint: Path, data: Path) -> torch.Tensor:
         (detections,) = segmenter([small])
         enlarged = torch.nn.functional.interpolate(detections["masks"], large.shape[-2:], mode="bilinear")
         detections = {**detections, "boxes": detections["boxes"] * 2, "masks": enlarged}
-        pictures.append(draw_detections(large, detections, info.class_names, 0.5))
+        pictures.append(draw_detections(large, detections, info.class_names, _SHOWN_SCORE))
     return contact_sheet(pictures, columns=4)

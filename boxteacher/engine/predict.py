@@ -25,7 +25,7 @@ def predict(
     images: Sequence[Path],
     output: Path,
     *,
-    score_threshold: float = 0.5,
+    score_threshold: float = 0.6,
     device: str = "auto",
 ) -> Path:
     """Draws masks on images and writes them to `output/NAME.png`, with `output/results.json` beside them.
