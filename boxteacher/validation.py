@@ -20,7 +20,7 @@ def check_provider_methods(model: nn.Module) -> None:
     missing += [f"the attribute {name}" for name in _ATTRIBUTES if not hasattr(model, name)]
     if missing:
         raise ProtocolError(
-            f"{type(model).__name__} cannot be taught: it lacks {' and '.join(missing)} of "
+            f"{type(model).__name__} cannot be taught: it lacks {', '.join(missing)} of "
             f"PseudoMaskProvider; {_GUIDE} shows how to add them"
         )
     stride, divisor = model.mask_stride, model.size_divisor
@@ -59,11 +59,13 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 def check_batch(images: Sequence[Tensor], targets: Sequence[Target] | None) -> list[Target]:
     """The targets, if they fit the images.
 
-    Shapes, types and devices are looked at, no values, so nothing waits for the device.
+    Shapes, types and devices are looked at; values only on the CPU, so nothing waits for another device.
 
     Raises:
         InputError: naming the image's position in the batch, what is wrong with it and the remedy.
     """
+    if isinstance(images, Tensor):
+        raise InputError(f"images is one tensor {tuple(images.shape)}: give a list of (3, H, W)")
     if targets is None:
         raise InputError("training needs targets: call model(images, targets), or model.eval() to detect")
     if len(images) != len(targets) or not images:
@@ -80,6 +82,8 @@ def check_batch(images: Sequence[Tensor], targets: Sequence[Target] | None) -> l
         _check_shape(f"target {i}: labels", target["labels"], (count,), "one label per box")
         if target["boxes"].dtype not in (torch.float32, torch.float64):
             raise InputError(f"target {i}: boxes are {target['boxes'].dtype}: give float32, as halves round")
+        if target["boxes"].device.type == "cpu" and not target["boxes"].isfinite().all():
+            raise InputError(f"target {i}: a box has a NaN or infinite coordinate: correct or remove it")
         if target["labels"].dtype != torch.int64:
             raise InputError(f"target {i}: labels are {target['labels'].dtype}: give int64")
         for key, value in target.items():

@@ -184,3 +184,21 @@ def test_a_picture_that_breaks_during_training_is_named_by_the_worker(shapes, tm
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith(f"boxteacher: error: {data / 'train'}")
     assert "Traceback" not in error
+
+
+def test_a_broken_validation_picture_is_found_before_training(shapes, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    image = sorted((data / "val").iterdir())[1]
+    image.write_bytes(image.read_bytes()[:-200])
+    assert image.name in error_of(train_arguments(data, tmp_path / "run"), capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_goes_without_a_validation_split_and_says_so(shapes, tmp_path, caplog):
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    shutil.rmtree(data / "val")
+    (data / "annotations" / "val.json").unlink()
+    assert main(train_arguments(data, tmp_path / "run")) == 0
+    assert "nothing to evaluate" in caplog.text

@@ -94,3 +94,9 @@ def test_a_divisor_that_the_stride_does_not_divide_is_refused() -> None:
 def test_a_plain_module_is_told_what_it_lacks_and_where_the_guide_is() -> None:
     with pytest.raises(TypeError, match=r"forward_teacher\(\).*forward_student\(\).*write_an_adapter"):
         BoxTeacher(nn.Linear(1, 1))
+
+
+def test_a_batch_tensor_and_a_box_that_is_no_number_are_refused() -> None:
+    with pytest.raises(InputError, match="give a list"):
+        check_batch(torch.rand(2, 3, 8, 8), [target((0, 0, 8, 8))] * 2)  # type: ignore[arg-type, list-item]
+    assert "NaN" in refusal(boxes=torch.full((1, 4), float("nan")))

@@ -58,6 +58,13 @@ def evaluate(checkpoint: Path, data: Path, *, device: str = "auto", workers: int
         transform=evaluation_transform(info.image_size),
         category_ids=info.category_ids,
     )
+    if dataset.class_names != info.class_names:
+        logger.warning(
+            "%s names the classes %s, the checkpoint %s: they are matched by category id",
+            split.annotations,
+            dataset.class_names,
+            info.class_names,
+        )
     truth = read_truth(split.annotations)
     results = _results(segmenter.to(target_device), dataset, info, workers)
     evaluation = coco_evaluation(truth, results)

@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 
 _SMOOTHING = 0.95
 _LINES_PER_RUN = 20
+_NOT_SHOWN = ("gradient_norm",)
 
 
 class TrainingLog:
@@ -69,7 +70,8 @@ class TrainingLog:
         self._show(step, seconds)
 
     def _show(self, step: int, seconds: float) -> None:
-        short = {name.removeprefix("loss_")[:10]: f"{value:.3g}" for name, value in self._smooth.items()}
+        shown = {name: value for name, value in self._smooth.items() if name not in _NOT_SHOWN}
+        short = {name.removeprefix("loss_"): f"{value:.2g}" for name, value in shown.items()}
         if self._bar is not None:
             self._bar.set_postfix(short, refresh=False)
             self._bar.update()

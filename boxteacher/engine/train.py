@@ -122,6 +122,7 @@ def train(settings: TrainSettings) -> Path:
         weights=settings.weights,
         image_size=settings.image_size,
     )
+    _check_validation_split(settings, data)
     model = supervise(segmenter, settings).to(device).train()
     optimizer, schedule = _optimizer(model.student, settings)
     info = SegmenterInfo(
@@ -163,6 +164,16 @@ def training_data(settings: TrainSettings) -> CocoInstances:
         transform=training_transform(settings.image_size),
         ignored_bottom_rows=_COCO_IGNORED_BOTTOM_ROWS if split.is_coco else 0,
     )
+
+
+def _check_validation_split(settings: TrainSettings, data: CocoInstances) -> None:
+    """Finds before the training what would stop the evaluation after it."""
+    try:
+        split = find_split(settings.data, "val")
+    except InputError as error:
+        logger.warning("there is nothing to evaluate this run on: %s", error)
+        return
+    CocoInstances(split.images, split.annotations, category_ids=data.category_ids)
 
 
 def supervise(segmenter: nn.Module, settings: TrainSettings) -> Supervision:
