@@ -57,7 +57,7 @@ def assign_greedily(iou: Tensor, ranking_score: Tensor) -> Tensor:
         best = torch.full((boxes,), candidates, dtype=torch.int64, device=iou.device)
         best = best.scatter_reduce(0, choice, suitor, "amin")  # (T,) place of each box's best suitor
         turned_down = (value > 0) & (best[choice] != place)
-        # The loop's length depends on the data, so this waits for the device; two rounds are usual.
+        # The loop's length depends on the data, so this waits for the device.
         if not turned_down.any():
             break
         wish = wish.scatter(1, choice[:, None], torch.where(turned_down, 0.0, value)[:, None])

@@ -1,13 +1,12 @@
-"""CondInst: its parts against loops and closed forms, and a tiny one under every supervision."""
+"""CondInst: its mask head and sampling against loops, and a tiny one under every supervision."""
 
 import copy
 import io
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -18,17 +17,8 @@ from boxteacher_adapters.condinst import CondInst, DynamicMaskHead, build_condin
 from boxteacher_adapters.fcos import (
     DensePredictions,
     DenseTargets,
-    Locations,
-    centerness_of,
-    fcos_losses,
-    giou_loss,
-    match_locations,
-    pyramid_locations,
-    select_detections,
 )
 from boxteacher_adapters.parts.backbones import build_backbone
-from boxteacher_adapters.parts.grouping import rank_in_group
-from boxteacher_adapters.parts.resampling import upsample_aligned
 from tests.support import filled, seeded_images, target
 
 SIZES = (32, 64, 128, 256)
@@ -77,193 +67,6 @@ def total(losses: dict[str, Tensor]) -> Tensor:
 
 
 # Parts.
-
-
-@pytest.mark.parametrize("factor", [1, 2, 3, 4, 8])
-def test_enlarging_puts_each_cell_where_it_stands(factor):
-    maps = torch.randn(2, 3, 5, 4)
-    enlarged = upsample_aligned(maps, factor)
-    assert enlarged.shape == (2, 3, 5 * factor, 4 * factor)
-    half = factor // 2
-    assert_close(enlarged[..., half::factor, half::factor], maps, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("factor", [2, 4])
-def test_enlarging_is_linear_in_between_and_constant_beyond(factor):
-    slope = torch.arange(6.0).view(1, 1, 1, 6).expand(1, 1, 3, 6)
-    enlarged = upsample_aligned(slope, factor)
-    expected = ((torch.arange(6 * factor) - factor // 2) / factor).clamp(0, 5)
-    assert_close(enlarged, expected.expand(1, 1, 3 * factor, -1), rtol=1e-5, atol=1e-5)
-    constant = torch.full((1, 1, 3, 4), 0.7)
-    assert_close(upsample_aligned(constant, factor), torch.full((1, 1, 3 * factor, 4 * factor), 0.7))
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from([0.1, 0.5, 0.5, 0.9])), max_size=20))
-def test_rank_in_group_counts_the_better_ones_of_the_group(rows):
-    group = torch.tensor([row[0] for row in rows], dtype=torch.int64)
-    score = torch.tensor([row[1] for row in rows])
-    for i, (g, s) in enumerate(rows):
-        better = [j for j, (h, t) in enumerate(rows) if h == g and (t > s or (t == s and j < i))]
-        assert rank_in_group(group, score)[i] == len(better)
-    assert len(rank_in_group(group, score)) == len(rows)
-
-
-def test_locations_are_the_middles_of_the_cells():
-    pyramid = [torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 2, 2)]
-    locations = pyramid_locations(pyramid, (8, 16))
-    fine = [[8 * j + 4, 8 * i + 4] for i in range(3) for j in range(4)]
-    coarse = [[8, 8], [24, 8], [8, 24], [24, 24]]
-    assert locations.centers.tolist() == fine + coarse
-    assert locations.level.tolist() == [0] * 12 + [1] * 4
-    assert locations.stride.tolist() == [8] * 12 + [16] * 4
-    assert locations.counts == (12, 4)
-
-
-def small_pyramid() -> Locations:
-    return pyramid_locations([torch.zeros(1, 1, 64 // s, 96 // s) for s in (8, 16, 32)], (8, 16, 32))
-
-
-corner = st.tuples(st.integers(0, 80), st.integers(0, 50), st.integers(1, 60), st.integers(1, 60))
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.lists(corner, max_size=4), min_size=1, max_size=3), st.sampled_from([(16, 32), (32, 64)]))
-@example([[(0, 0, 32, 32)]], (32, 64))  # locations just as far from the centre as is too far
-def test_locations_are_matched_as_by_a_loop(rows, sizes):
-    boxes = [[(x, y, min(x + w, 96), min(y + h, 64)) for x, y, w, h in image] for image in rows]
-    locations = small_pyramid()
-    targets = [target(*image) for image in boxes]
-    for t in targets:
-        t["labels"] = torch.arange(len(t["boxes"])) % 3
-    matched = match_locations(locations, targets, sizes, 3)
-    first = 0
-    for b, image in enumerate(boxes):
-        for i, (x, y) in enumerate(locations.centers.tolist()):
-            level, stride = int(locations.level[i]), float(locations.stride[i])
-            lower, upper = [-1, *sizes][level], [*sizes, math.inf][level]
-            fitting = []
-            for n, (x0, y0, x1, y1) in enumerate(image):
-                sides = (x - x0, y - y0, x1 - x, y1 - y)
-                near = max(abs(x - (x0 + x1) / 2), abs(y - (y0 + y1) / 2)) < 1.5 * stride
-                if min(sides) > 0 and near and lower <= max(sides) <= upper:
-                    fitting.append(((x1 - x0) * (y1 - y0), n, sides))
-            if not fitting:
-                assert matched.target_index[b, i] == -1
-                assert matched.labels[b, i] == 3
-                continue
-            _, n, sides = min(fitting)
-            assert matched.target_index[b, i] == first + n
-            assert matched.labels[b, i] == n % 3
-            assert matched.distances[b, i].tolist() == pytest.approx([side / stride for side in sides])
-        first += len(image)
-
-
-def test_centerness_is_one_in_the_middle_and_known_elsewhere():
-    distances = torch.tensor([[2.0, 3, 2, 3], [1, 1, 3, 1], [1, 2, 4, 8], [9, 1, 1, 9]])
-    assert_close(centerness_of(distances), torch.tensor([1, (1 / 3) ** 0.5, 0.25, 1 / 9]))
-
-
-def test_box_loss_of_equal_of_empty_and_of_crossing_boxes():
-    wanted = torch.tensor([[1.0, 2, 3, 4], [1, 2, 3, 4], [3, 1, 3, 1]])
-    found = torch.tensor([[1.0, 2, 3, 4], [0, 0, 0, 0], [1, 3, 1, 3]])
-    crossing = 1 - (4 + 1) / (20 + 1) + (36 - 20) / 36  # 6 × 2 across 2 × 6
-    assert_close(giou_loss(found, wanted), torch.tensor([0, 1 - 1 / 25, crossing]))
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 10_000))
-def test_box_loss_is_the_generalised_iou_of_large_boxes(seed):
-    generator = torch.Generator().manual_seed(seed)
-    found, wanted = (1000 * (torch.rand(5, 4, generator=generator) + 0.1) for _ in range(2))
-    a, b = (torch.cat([-d[:, :2], d[:, 2:]], 1) for d in (found, wanted))
-    iou = box_iou(a, b).diagonal()
-    hull = (torch.maximum(a, b)[:, 2:] - torch.minimum(a, b)[:, :2]).prod(1)
-    union = (a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1)
-    union = union / (1 + iou)
-    # The stride that is added to both areas is 1e-5 of them.
-    assert_close(giou_loss(found, wanted), 1 - iou + 1 - union / hull, rtol=1e-4, atol=1e-4)
-
-
-def test_box_loss_of_points_has_a_finite_gradient():
-    found = torch.zeros(2, 4, requires_grad=True)
-    giou_loss(found, torch.tensor([[0.0, 0, 0, 0], [1, 1, 1, 1]])).sum().backward()
-    assert torch.isfinite(found.grad).all()
-
-
-def perfect(matched: DenseTargets, classes: int) -> DensePredictions:
-    logits = F.one_hot(matched.labels, classes + 1)[..., :classes].float() * 60 - 30
-    positive = matched.target_index >= 0
-    distances = torch.where(positive[..., None], matched.distances, 1.0)
-    centerness = torch.where(positive, centerness_of(distances.flatten(0, 1)).view_as(positive.float()), 0.5)
-    return DensePredictions(logits, distances, centerness.logit(), torch.zeros(*positive.shape, 1))
-
-
-def test_perfect_predictions_have_no_loss_but_centerness_s_entropy():
-    matched = match_locations(small_pyramid(), TARGETS, (16, 32), 3)
-    predictions = perfect(matched, 3)
-    losses = fcos_losses(predictions, matched)
-    positive = matched.target_index >= 0
-    assert positive.sum() > 5
-    assert losses["loss_classification"] < 1e-6
-    assert abs(losses["loss_box"]) < 1e-6
-    p = predictions.centerness[positive].sigmoid()
-    entropy = -(p * p.log() + (1 - p) * (1 - p).clamp(min=1e-12).log()).mean()
-    assert_close(losses["loss_centerness"], entropy, rtol=1e-4, atol=1e-5)
-
-
-def test_perfect_predictions_are_found_again():
-    locations = small_pyramid()
-    matched = match_locations(locations, TARGETS, (16, 32), 3)
-    found = select_detections(perfect(matched, 3), locations, [(64, 96), (64, 96)])
-    assert sorted(found.image_index.tolist()) == [0, 0, 1]
-    assert_close(found.boxes[found.image_index == 1], TARGETS[1]["boxes"])
-    first = found.boxes[found.image_index == 0]
-    assert_close(first[first[:, 0].argsort()], TARGETS[0]["boxes"])
-    assert torch.equal(
-        matched.target_index[found.image_index, found.location] >= 0, torch.ones(3, dtype=torch.bool)
-    )
-
-
-def test_the_same_object_in_two_images_is_found_in_both_and_two_classes_do_not_hide_each_other():
-    locations = small_pyramid()
-    matched = match_locations(locations, [TARGETS[1], TARGETS[1]], (16, 32), 3)
-    predictions = perfect(matched, 3)
-    found = select_detections(predictions, locations, [(64, 96), (64, 96)])
-    assert found.image_index.tolist() == [0, 1]
-    predictions.class_logits[..., 2] = predictions.class_logits[..., 0]
-    found = select_detections(predictions, locations, [(64, 96), (64, 96)])
-    assert sorted(zip(found.image_index.tolist(), found.labels.tolist(), strict=True)) == [
-        (0, 0),
-        (0, 2),
-        (1, 0),
-        (1, 2),
-    ]
-
-
-def test_detections_are_few_good_first_and_no_duplicates():
-    torch.manual_seed(0)
-    locations = small_pyramid()
-    count = len(locations.centers)
-    predictions = DensePredictions(
-        torch.randn(2, count, 3), 3 * torch.rand(2, count, 4), torch.randn(2, count), torch.zeros(2, count, 1)
-    )
-    found = select_detections(predictions, locations, [(64, 96), (40, 50)])
-    for image, (height, width) in enumerate([(64, 96), (40, 50)]):
-        mine = found.image_index == image
-        scores, boxes, labels = found.scores[mine], found.boxes[mine], found.labels[mine]
-        assert 0 < len(scores) <= 100
-        assert (scores.diff() <= 0).all()
-        same_class = labels[:, None] == labels
-        assert (boxes[:, 2:] > boxes[:, :2]).all()
-        whole = (boxes[:, 0::2] < width).all(1) & (boxes[:, 1::2] < height).all(1) & (boxes > 0).all(1)
-        overlap = box_iou(boxes, boxes).fill_diagonal_(0) * same_class * (whole[:, None] & whole)
-        assert overlap.max() <= 0.6 + 1e-6  # boxes that the image cut were compared whole
-        assert boxes.min() >= 0
-        assert boxes[:, 0::2].max() <= width
-        assert boxes[:, 1::2].max() <= height
-        assert set(labels.tolist()) <= {0, 1, 2}
-    assert (found.image_index.diff() >= 0).all()
 
 
 def test_the_mask_head_is_a_convolution_per_instance():

@@ -1,0 +1,40 @@
+"""What segmenters share: enlarging maps, and ranks in groups."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from boxteacher_adapters.parts.grouping import rank_in_group
+from boxteacher_adapters.parts.resampling import upsample_aligned
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 4, 8])
+def test_enlarging_puts_each_cell_where_it_stands(factor):
+    maps = torch.randn(2, 3, 5, 4)
+    enlarged = upsample_aligned(maps, factor)
+    assert enlarged.shape == (2, 3, 5 * factor, 4 * factor)
+    half = factor // 2
+    assert_close(enlarged[..., half::factor, half::factor], maps, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_enlarging_is_linear_in_between_and_constant_beyond(factor):
+    slope = torch.arange(6.0).view(1, 1, 1, 6).expand(1, 1, 3, 6)
+    enlarged = upsample_aligned(slope, factor)
+    expected = ((torch.arange(6 * factor) - factor // 2) / factor).clamp(0, 5)
+    assert_close(enlarged, expected.expand(1, 1, 3 * factor, -1), rtol=1e-5, atol=1e-5)
+    constant = torch.full((1, 1, 3, 4), 0.7)
+    assert_close(upsample_aligned(constant, factor), torch.full((1, 1, 3 * factor, 4 * factor), 0.7))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from([0.1, 0.5, 0.5, 0.9])), max_size=20))
+def test_rank_in_group_counts_the_better_ones_of_the_group(rows):
+    group = torch.tensor([row[0] for row in rows], dtype=torch.int64)
+    score = torch.tensor([row[1] for row in rows])
+    for i, (g, s) in enumerate(rows):
+        better = [j for j, (h, t) in enumerate(rows) if h == g and (t > s or (t == s and j < i))]
+        assert rank_in_group(group, score)[i] == len(better)
+    assert len(rank_in_group(group, score)) == len(rows)
