@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from boxteacher.adaptation import adapted
 from boxteacher.errors import ProtocolError
 from boxteacher.losses import (
     color_pair_selection,
@@ -35,7 +36,8 @@ class Supervision(nn.Module):
     `model(images)` in evaluation mode returns detections. A subclass says what the masks learn from.
 
     Args:
-        student: the segmenter that is trained.
+        student: the segmenter that is trained; it follows `PseudoMaskProvider`, or an adapter is registered
+            for its type (see `boxteacher.adaptation`).
 
     Raises:
         ProtocolError: `student` lacks a part of `PseudoMaskProvider`; the message names it.
@@ -43,9 +45,10 @@ class Supervision(nn.Module):
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
-        check_provider_methods(student)
-        self.student = student
-        self._counter = StepCounter(student)
+        self.student = adapted(student)
+        self._is_adapted = self.student is not student
+        check_provider_methods(self.student)
+        self._counter = StepCounter(self.student)
 
     def forward(
         self, images: list[Tensor], targets: list[Target] | None = None
@@ -92,12 +95,15 @@ class Supervision(nn.Module):
         return self._counter.steps
 
     def export(self) -> nn.Module:
-        """A copy of the plain segmenter, in evaluation mode and without anything of the training."""
+        """A copy of the plain segmenter, in evaluation mode and without anything of the training.
+
+        A model that came without the protocol's methods is returned as it came, without its adapter.
+        """
         self._settle()
         segmenter = copy.deepcopy(self.segmenter).eval()
         for ours, trained in zip(segmenter.parameters(), self.student.parameters(), strict=True):
             ours.requires_grad_(trained.requires_grad)
-        return segmenter
+        return segmenter.model if self._is_adapted else segmenter  # type: ignore[return-value]
 
     @property
     def _provider(self) -> PseudoMaskProvider:

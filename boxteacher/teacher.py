@@ -54,7 +54,8 @@ class BoxTeacher(BoxSupervised):
         >>> sum(losses.values()).backward()  # doctest: +SKIP
 
     Args:
-        student: the segmenter that is trained; it follows `PseudoMaskProvider`.
+        student: the segmenter that is trained; it follows `PseudoMaskProvider`, or an adapter is registered
+            for its type (see `boxteacher.adaptation`).
         momentum: that the teacher's average approaches, in [0, 1].
         iou_threshold: least IoU of a candidate's box with the box it is assigned to, in (0, 1].
         score_threshold: candidates must score above it, in [0, 1].
@@ -124,7 +125,7 @@ class BoxTeacher(BoxSupervised):
         self.pseudo_warmup_steps = warmup_steps if pseudo_warmup_steps is None else pseudo_warmup_steps
         self.augmentation = StrongAugmentation() if augmentation is None else augmentation
         self.inference = inference
-        self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         self.last_pseudo_masks: PseudoMasks | None = None
 
     @property

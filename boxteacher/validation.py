@@ -21,7 +21,8 @@ def check_provider_methods(model: nn.Module) -> None:
     if missing:
         raise ProtocolError(
             f"{type(model).__name__} cannot be taught: it lacks {', '.join(missing)} of "
-            f"PseudoMaskProvider; {_GUIDE} shows how to add them"
+            f"PseudoMaskProvider, and no adapter is registered for its type in the entry-point group "
+            f"boxteacher.adapters; {_GUIDE} shows how to add either"
         )
     stride, divisor = model.mask_stride, model.size_divisor
     if divisor % stride:  # type: ignore[operator]
