@@ -1,0 +1,242 @@
+"""Mask R-CNN (ICCV 2017): torchvision's own model, as its user built it, taught masks from boxes."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import FeaturePyramidNetwork, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from boxteacher.errors import InputError
+from boxteacher.geometry import canvas_size
+from boxteacher.protocol import Candidates, Detections, MaskPredictions, StudentOutput, Target
+from boxteacher.validation import check_labels
+from boxteacher_adapters.parts.backbones import Backbone, Weights, build_backbone
+from boxteacher_adapters.parts.grouping import rank_in_group
+from boxteacher_adapters.parts.pasting import paste_on_grid
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    images: ImageList  # resized
+    features: dict[str, Tensor]
+    scales: Tensor  # (B, 4) original pixels per resized pixel, of x, y, x, y
+
+
+class MaskRCNNProvider(nn.Module):
+    """Follows `PseudoMaskProvider` around a torchvision `MaskRCNN`, which it leaves as it is.
+
+    Labels are the protocol's, 0 … C−1, on the way in and on the way out; torchvision's own begin at 1,
+    background being 0. The model's transform resizes as its user chose, at random in training if they chose
+    so; boxes and masks that leave here are those of the images that came.
+
+    Args:
+        model: torchvision's, with any backbone and weights.
+        max_samples: positive proposals per image whose masks are drawn in training; every target that has
+            a positive proposal keeps at least one.
+    """
+
+    mask_stride = 4
+    size_divisor = 32
+
+    def __init__(self, model: MaskRCNN, *, max_samples: int = 64) -> None:
+        super().__init__()
+        self.model = model
+        self.max_samples = max_samples
+
+    @property
+    def num_classes(self) -> int:
+        """C, without background."""
+        return int(self.model.roi_heads.box_predictor.cls_score.out_features) - 1
+
+    def forward(self, images: list[Tensor]) -> list[Detections]:
+        """torchvision's detections of images (3, H_i, W_i), with labels 0 … C−1."""
+        if self.training:
+            raise InputError(
+                "MaskRCNNProvider is trained through BoxTeacher, BoxSupervised or MaskSupervised: wrap it, "
+                "or call eval() to detect"
+            )
+        return [{**found, "labels": found["labels"] - 1} for found in self.model(images)]
+
+    def forward_teacher(self, images: list[Tensor]) -> Candidates:
+        """Detections as candidates; the mask head sees those alone that are asked for."""
+        inputs = self._inputs(images)
+        heads, sizes = self.model.roi_heads, inputs.images.image_sizes
+        proposals, _ = self.model.rpn(inputs.images, inputs.features)
+        class_logits, regression = self._boxes(inputs, proposals)
+        boxes, scores, labels = heads.postprocess_detections(class_logits, regression, proposals, sizes)
+        image = _image_index(boxes)  # (K,)
+        resized, label = torch.cat(boxes), torch.cat(labels)  # (K, 4), (K,)
+        original = resized * inputs.scales[image]  # (K, 4)
+
+        def decode_masks(candidates: Tensor) -> Tensor:
+            mine = image[candidates]
+            logits = self._mask_logits(inputs, resized[candidates], mine, label[candidates])
+            return self._pasted(logits, original[candidates], images)
+
+        return Candidates(original, torch.cat(scores), label - 1, image, decode_masks)
+
+    def forward_student(self, images: list[Tensor], targets: list[Target]) -> StudentOutput:
+        """torchvision's four losses, and the masks of positive proposals, `max_samples` per image at most.
+
+        Boxes are cut to their image, and those without area teach nothing. Sampling proposals waits for
+        the device, as in torchvision.
+        """
+        check_labels(targets, self.num_classes)
+        inputs = self._inputs(images)
+        heads, sizes = self.model.roi_heads, inputs.images.image_sizes
+        truth, kept = _resized_targets(targets, inputs.scales, sizes)
+        proposals, losses = self.model.rpn(inputs.images, inputs.features, truth)
+        proposals, matched, labels, offsets = heads.select_training_samples(proposals, truth)
+        class_logits, regression = self._boxes(inputs, proposals)
+        loss_class, loss_box = fastrcnn_loss(class_logits, regression, labels, offsets)
+
+        image = _image_index(proposals)  # (P,)
+        label, boxes = torch.cat(labels), torch.cat(proposals)  # (P,), (P, 4)
+        # torchvision matches the proposals of an image without boxes, all background, with an index 0.
+        target = torch.cat([F.pad(own, (0, 1))[m] for own, m in zip(kept, matched, strict=True)])  # (P,)
+        score = class_logits.detach().float().softmax(1).gather(1, label[:, None])[:, 0]  # (P,)
+        sample = self._samples(target, image, label > 0, score)  # (M,)
+        logits = self._mask_logits(inputs, boxes[sample], image[sample], label[sample])
+        original = boxes[sample] * inputs.scales[image[sample]]  # (M, 4)
+        masks = MaskPredictions(self._pasted(logits, original, images), target[sample])
+        return StudentOutput({**losses, "loss_classifier": loss_class, "loss_box_reg": loss_box}, [masks])
+
+    def _inputs(self, images: Sequence[Tensor]) -> _Inputs:
+        resized, _ = self.model.transform(list(images))
+        features = self.model.backbone(resized.tensors)
+        if isinstance(features, Tensor):
+            features = OrderedDict([("0", features)])
+        scales = [
+            (image.shape[-1] / width, image.shape[-2] / height) * 2
+            for image, (height, width) in zip(images, resized.image_sizes, strict=True)
+        ]
+        return _Inputs(resized, features, torch.tensor(scales, device=images[0].device))
+
+    def _boxes(self, inputs: _Inputs, proposals: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Class logits (P, C + 1) and box offsets (P, 4 · (C + 1)) of proposals."""
+        heads = self.model.roi_heads
+        pooled = heads.box_roi_pool(inputs.features, proposals, inputs.images.image_sizes)
+        return heads.box_predictor(heads.box_head(pooled))
+
+    def _mask_logits(self, inputs: _Inputs, boxes: Tensor, image: Tensor, label: Tensor) -> Tensor:
+        """Mask logits (M, r, r) of resized boxes (M, 4) for torchvision's labels (M,)."""
+        heads = self.model.roi_heads
+        order = image.argsort(stable=True)  # the pooling wants each image's boxes together
+        counts = torch.bincount(image, minlength=len(inputs.scales)).tolist()
+        pooled = heads.mask_roi_pool(
+            inputs.features, list(boxes[order].split(counts)), inputs.images.image_sizes
+        )
+        logits = heads.mask_predictor(heads.mask_head(pooled))  # (M, C + 1, r, r)
+        logits = logits[torch.arange(len(order), device=order.device), label[order]]
+        return logits[order.argsort()]
+
+    def _pasted(self, logits: Tensor, boxes: Tensor, images: Sequence[Tensor]) -> Tensor:
+        """Logits (M, r, r) of boxes (M, 4) in pixels, on the mask grid (M, H / 4, W / 4)."""
+        return paste_on_grid(logits, boxes, canvas_size(images, self.size_divisor), self.mask_stride)
+
+    def _samples(self, target: Tensor, image: Tensor, positive: Tensor, score: Tensor) -> Tensor:
+        """Which proposals (M,) have their masks drawn: an image's targets share `max_samples` evenly, and of
+        each the proposals that are surest of its class come first.
+        """
+        chosen = positive.nonzero()[:, 0]  # (P',)
+        target, image = target[chosen], image[chosen]
+        rank = rank_in_group(target, score[chosen])
+        count = torch.bincount(image[rank == 0], minlength=1)  # (B',) targets with a positive
+        share = (self.max_samples // count.clamp(min=1)).clamp(min=1)
+        return chosen[rank < share[image]]
+
+
+def _image_index(boxes: Sequence[Tensor]) -> Tensor:
+    """The image (P,) int64 of each box, for one list of boxes (P_i, 4) per image."""
+    counts = torch.tensor([len(each) for each in boxes], device=boxes[0].device)
+    return torch.repeat_interleave(torch.arange(len(boxes), device=counts.device), counts)
+
+
+def _resized_targets(
+    targets: Sequence[Target], scales: Tensor, sizes: Sequence[tuple[int, int]]
+) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+    """Targets as torchvision wants them, in resized pixels, and which of the batch's targets they are.
+
+    Boxes without area are left out: they match no anchor, so that torchvision would match them with all.
+    """
+    found, kept = [], []
+    first = 0
+    for target, scale, size in zip(targets, scales, sizes, strict=True):
+        boxes = clip_boxes_to_image(target["boxes"].float() / scale, size)  # (N, 4)
+        own = remove_small_boxes(boxes, 1e-3)  # (N',)
+        # torchvision asks for the key `masks` where there is a mask head; its losses alone read them.
+        found.append({"boxes": boxes[own], "labels": target["labels"][own] + 1, "masks": boxes[own]})
+        kept.append(first + own)
+        first += len(boxes)
+    return found, kept
+
+
+class _Pyramid(nn.Module):
+    """A backbone with a feature pyramid of strides 4 to 64, as torchvision's detectors want it."""
+
+    def __init__(self, backbone: Backbone, channels: int) -> None:
+        super().__init__()
+        self.body = backbone
+        self.fpn = FeaturePyramidNetwork(list(backbone.channels), channels, extra_blocks=LastLevelMaxPool())
+        self.out_channels = channels
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Normalised images (B, 3, H, W) to maps (B, channels, h_i, w_i)."""
+        return self.fpn(OrderedDict(zip("0123", self.body(images), strict=True)))
+
+
+class _Unresized(GeneralizedRCNNTransform):
+    """Leaves the size of images to the data loader, and their normalisation to the backbone's record."""
+
+    def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
+        return image, target
+
+
+def build_mask_rcnn(
+    num_classes: int, *, backbone: str = "resnet50", weights: Weights = "imagenet", image_size: int = 1333
+) -> MaskRCNNProvider:
+    """Mask R-CNN on a feature pyramid as torchvision has it, or, for images of at most 512 pixels, smaller.
+
+    The small one has 128 channels in the pyramid instead of 256, 256 in the box head instead of 1024, 64 in
+    the mask head instead of 256, anchors of half the size, and samples 128 proposals per image instead of
+    512, at most 16 of them for masks. Images keep the size that they come with.
+
+    Args:
+        num_classes: C, without background.
+        backbone: see `build_backbone`.
+        weights: of the backbone; see `build_backbone`.
+        image_size: longest side of the images in pixels.
+
+    Raises:
+        InputError: no such backbone, or its weights cannot be had or do not fit.
+    """
+    body = build_backbone(backbone, weights, strides=(4, 8, 16, 32))
+    small = image_size <= 512
+    channels, hidden, mask_channels, proposals = (128, 256, 64, 128) if small else (256, 1024, 256, 512)
+    first = 16 if small else 32
+    anchors = AnchorGenerator(tuple((first * 2**level,) for level in range(5)), ((0.5, 1.0, 2.0),) * 5)
+    model = MaskRCNN(
+        _Pyramid(body, channels),
+        rpn_anchor_generator=anchors,
+        box_head=TwoMLPHead(channels * 7**2, hidden),
+        box_predictor=FastRCNNPredictor(hidden, num_classes + 1),
+        box_batch_size_per_image=proposals,
+        mask_head=MaskRCNNHeads(channels, (mask_channels,) * 4, 1),
+        mask_predictor=MaskRCNNPredictor(mask_channels, mask_channels, num_classes + 1),
+    )
+    model.transform = _Unresized(
+        800, 1333, body.mean.flatten().tolist(), body.std.flatten().tolist(), size_divisible=32
+    )
+    return MaskRCNNProvider(model, max_samples=16 if small else 64)
