@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_train)
     add = parser.add_argument
-    add("--model", required=True, help="condinst, or a segmenter that another package registered")
+    add("--model", required=True, help="condinst, solov2, mask2former, mask_rcnn, or another package's")
     add("--backbone", default="resnet50", help="resnet18 … resnet152, efficientnet_lite0, or a timm network")
     add("--data", type=Path, required=True, help="folder with annotations/ and the images (COCO format)")
     add("--output", type=Path, required=True, help="folder of this run; must not hold another run")

@@ -197,7 +197,7 @@ class _Pyramid(nn.Module):
         return self.fpn(OrderedDict(zip("0123", self.body(images), strict=True)))
 
 
-class _Unresized(GeneralizedRCNNTransform):
+class _Unresized(GeneralizedRCNNTransform):  # type: ignore[misc]
     """Leaves the size of images to the data loader, and their normalisation to the backbone's record."""
 
     def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:

@@ -236,12 +236,16 @@ class MaskBranch(nn.Module):
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
         """P2 to P5 (B, in_channels, h_i, w_i) to (B, out_channels, h_2, w_2)."""
         p2, p3, p4, p5 = levels
-        total = self.levels[0][0](p2)
-        for blocks, features in zip(self.levels[1:], (p3, p4, append_coordinates(p5)), strict=True):
+        first, *deeper = self._blocks()
+        total = first[0](p2)
+        for blocks, features in zip(deeper, (p3, p4, append_coordinates(p5)), strict=True):
             for block in blocks:
                 features = F.interpolate(block(features), scale_factor=2, mode="bilinear")
             total = total + features
         return self.out(total)
+
+    def _blocks(self) -> list[list[nn.Module]]:
+        return [[*blocks] for blocks in self.levels]  # type: ignore[misc]
 
 
 def _conv_norm(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:

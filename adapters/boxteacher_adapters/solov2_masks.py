@@ -72,7 +72,7 @@ def select_objects(
     peaks = torch.where(peaks > selection.least_probability, peaks, 0.0)
     surest = peaks.amax(2)  # (B, S)
     # Masks cost; how many are worth one must be known, and the device waited for.
-    count = max(int(min((surest > 0).sum(1).max(), selection.most_cells)), 1)
+    count = max(int(min(int((surest > 0).sum(1).max()), selection.most_cells)), 1)
     cell = surest.topk(count, 1).indices  # (B, n)
     image = torch.arange(len(cell), device=cell.device)[:, None]  # (B, 1)
     area, quality = _area_and_quality(mask_features, kernels[image, cell])  # (B, n) each

@@ -20,7 +20,7 @@ from torchvision.ops import box_convert
 
 from boxteacher.data import CocoInstances, collate, evaluation_transform, find_split
 from boxteacher.data.images import encode_mask
-from boxteacher.engine.checkpoint import SegmenterInfo, load_checkpoint
+from boxteacher.engine.checkpoint import load_checkpoint
 from boxteacher.engine.devices import pick_device
 from boxteacher.engine.files import write_atomically
 from boxteacher.errors import InputError
@@ -50,27 +50,57 @@ def evaluate(checkpoint: Path, data: Path, *, device: str = "auto", workers: int
         InputError: the checkpoint or the data cannot be used.
     """
     segmenter, info = load_checkpoint(checkpoint)
-    target_device = pick_device(device)
+    evaluation = evaluate_segmenter(
+        segmenter.to(pick_device(device)),
+        data,
+        image_size=info.image_size,
+        class_names=info.class_names,
+        category_ids=info.category_ids,
+        workers=workers,
+    )
+    text = json.dumps(evaluation.metrics) + "\n"
+    write_atomically(checkpoint.parent / "metrics.json", lambda path: path.write_text(text))
+    return evaluation
+
+
+def evaluate_segmenter(
+    segmenter: nn.Module,
+    data: Path,
+    *,
+    image_size: int,
+    class_names: list[str],
+    category_ids: list[int],
+    workers: int = 2,
+) -> Evaluation:
+    """Evaluates any segmenter, on the device where it is, on the validation split of `data`.
+
+    Args:
+        segmenter: in evaluation mode; maps a list of images to torchvision's detections.
+        data: folder of the data set.
+        image_size: longest side of the images in pixels.
+        class_names: of labels 0 … C−1; a warning tells if the data's are others.
+        category_ids: COCO category id of each label.
+        workers: processes that load images.
+
+    Raises:
+        InputError: the data cannot be used.
+    """
     split = find_split(data, "val")
     dataset = CocoInstances(
         split.images,
         split.annotations,
-        transform=evaluation_transform(info.image_size),
-        category_ids=info.category_ids,
+        transform=evaluation_transform(image_size),
+        category_ids=category_ids,
     )
-    if dataset.class_names != info.class_names:
+    if dataset.class_names != class_names:
         logger.warning(
-            "%s names the classes %s, the checkpoint %s: they are matched by category id",
+            "%s names the classes %s, the segmenter %s: they are matched by category id",
             split.annotations,
             dataset.class_names,
-            info.class_names,
+            class_names,
         )
     truth = read_truth(split.annotations)
-    results = _results(segmenter.to(target_device), dataset, info, workers)
-    evaluation = coco_evaluation(truth, results)
-    text = json.dumps(evaluation.metrics) + "\n"
-    write_atomically(checkpoint.parent / "metrics.json", lambda path: path.write_text(text))
-    return evaluation
+    return coco_evaluation(truth, _results(segmenter, dataset, category_ids, workers))
 
 
 def coco_results(
@@ -157,7 +187,7 @@ def coco_evaluation(truth: dict[str, Any], results: list[dict[str, Any]]) -> Eva
 
 @torch.inference_mode()
 def _results(
-    segmenter: nn.Module, dataset: CocoInstances, info: SegmenterInfo, workers: int
+    segmenter: nn.Module, dataset: CocoInstances, category_ids: list[int], workers: int
 ) -> list[dict[str, Any]]:
     device = next(segmenter.parameters()).device
     loader = DataLoader(dataset, batch_size=1, num_workers=workers, collate_fn=collate)
@@ -165,7 +195,7 @@ def _results(
     for index, (images, targets) in enumerate(loader):
         (detections,) = segmenter([image.to(device) for image in images])
         size = dataset.sizes[index]
-        results += coco_results(detections, targets[0]["image_id"], size, info.category_ids)
+        results += coco_results(detections, targets[0]["image_id"], size, category_ids)
     return results
 
 

@@ -173,9 +173,7 @@ def _check_any_size(network: Any, name: str, strides: tuple[int, ...]) -> None:
             shapes = [tuple(features.shape[1:]) for features in network.eval()(torch.zeros(1, 3, 64, 96))]
     except (AssertionError, RuntimeError) as error:
         raise InputError(f"backbone {name!r} takes images of one size only: take another") from error
-    expected = [
-        (d, 64 // s, 96 // s) for d, s in zip(network.feature_info.channels(), strides, strict=True)
-    ]
+    expected = [(d, 64 // s, 96 // s) for d, s in zip(network.feature_info.channels(), strides, strict=True)]
     if shapes != expected:
         raise InputError(f"backbone {name!r} gives maps {shapes}, not {expected}: take another")
 

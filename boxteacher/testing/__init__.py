@@ -1,0 +1,5 @@
+"""For the test suites of adapters: one call that tells whether a model can be taught."""
+
+from boxteacher.testing.conformance import check_provider
+
+__all__ = ["check_provider"]

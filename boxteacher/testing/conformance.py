@@ -1,0 +1,59 @@
+"""`check_provider`: every check of the kit, the cheap ones first."""
+
+import copy
+
+import torch
+from torch import nn
+
+from boxteacher.supervision import BoxSupervised
+from boxteacher.testing.copies import check_copies
+from boxteacher.testing.edge_cases import check_edge_cases
+from boxteacher.testing.findings import Subject, finding
+from boxteacher.testing.placement import check_landing, check_padding, learn
+from boxteacher.testing.precision import check_compiled, check_half_precision
+from boxteacher.testing.student import check_student
+from boxteacher.testing.teacher import check_candidates, check_detections
+
+
+def check_provider(
+    model: nn.Module, *, num_classes: int, compiles: bool = False, tolerance: float = 1e-3
+) -> None:
+    """Checks that a model does all that the core relies on, and says what to change where it does not.
+
+    The model itself stays as it is: copies of it are run, and one is trained for up to 200 steps on images of
+    at most 94 pixels with known boxes, to see that boxes and masks land where they should. Seconds for a
+    small network; build a large one with its smallest settings.
+
+    Example:
+        >>> def test_my_segmenter_can_be_taught():  # doctest: +SKIP
+        ...     check_provider(MySegmenter(num_classes=3), num_classes=3)
+
+    Args:
+        model: what `BoxTeacher` is given; trained or not, on the device to be checked.
+        num_classes: C; labels are 0 … C−1.
+        compiles: also check `forward_student` and the evaluation call under `torch.compile`.
+        tolerance: relative difference allowed between two runs that ought to agree.
+
+    Raises:
+        ProtocolError: a check failed; one line names the check, what was found and what to change.
+    """
+    with torch.random.fork_rng(), finding(model, "the parts of the protocol"):
+        torch.manual_seed(0)
+        provider = BoxSupervised(copy.deepcopy(model)).student
+    subject = Subject(provider, num_classes, tolerance)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        check_student(subject)
+        check_candidates(subject)
+        check_detections(subject)
+        # An untrained network may find nothing, so whatever needs candidates looks at a trained copy.
+        learnt = Subject(learn(subject), num_classes, tolerance)
+        check_candidates(learnt)
+        check_detections(learnt)
+        check_landing(learnt)
+        check_padding(learnt)
+        check_copies(learnt)
+        check_edge_cases(learnt)
+        check_half_precision(learnt)
+        if compiles:
+            check_compiled(learnt)

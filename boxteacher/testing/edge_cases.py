@@ -1,0 +1,119 @@
+"""What data sets hold now and then: a step on it has finite losses and gradients, or says what is wrong."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from boxteacher.errors import InputError, ProtocolError
+from boxteacher.protocol import Target
+from boxteacher.teacher import BoxTeacher
+from boxteacher.testing.findings import Subject, finding, require
+from boxteacher.testing.scenes import known_boxes
+
+Batch = tuple[list[Tensor], list[Target]]
+
+
+def check_edge_cases(subject: Subject) -> None:
+    """Runs a BoxTeacher step on every batch of `_CASES`, and looks for a complaint about wrong labels."""
+    for name, make in _CASES.items():
+        with finding(subject.model, name):
+            _check_step(subject, make(subject))
+    with finding(subject.model, "a batch without candidates"):
+        # No score is above 1, so nothing is left to decode.
+        _check_step(subject, known_boxes(subject.num_classes, subject.device, seed=6), score_threshold=1.0)
+    if subject.device.type == "cpu":  # elsewhere, looking at labels would wait for the device
+        with finding(subject.model, "labels out of range"):
+            _check_labels(subject)
+
+
+def _check_step(subject: Subject, batch: Batch, *, score_threshold: float = 0.0) -> None:
+    images, targets = batch
+    model = BoxTeacher(copy.deepcopy(subject.model), score_threshold=score_threshold).train()
+    try:
+        losses = model(images, targets)
+    except ProtocolError:
+        raise
+    except InputError as error:
+        require("\n" not in str(error), "its InputError has several lines: say problem and remedy in one")
+        return
+    for name, loss in losses.items():
+        require(
+            bool(loss.isfinite()), f"{name} is {loss.item():g}: divide by max(count, 1), and bound logarithms"
+        )
+    torch.stack(list(losses.values())).sum().backward()
+    broken = [
+        name
+        for name, p in model.student.named_parameters()
+        if p.grad is not None and not bool(p.grad.isfinite().all())
+    ]
+    require(
+        not broken,
+        f"the gradient of {', '.join(broken[:3])} is NaN or infinite: bound what is divided by or rooted",
+    )
+    with torch.no_grad():
+        for found in model.eval()(images):
+            require(
+                bool(found["scores"].isfinite().all()),
+                "scores in evaluation hold NaN: find what divides by zero",
+            )
+
+
+def _check_labels(subject: Subject) -> None:
+    images, targets = known_boxes(subject.num_classes, subject.device, seed=6)
+    targets[1]["labels"] = targets[1]["labels"] + subject.num_classes
+    model = BoxTeacher(copy.deepcopy(subject.model)).train()
+    try:
+        model(images, targets)
+    except ProtocolError:
+        raise
+    except InputError:
+        return
+    raise ProtocolError(
+        f"label {int(targets[1]['labels'].max())} of {subject.num_classes} classes passed without "
+        "a word: begin "
+        "forward_student with boxteacher.validation.check_labels(targets, num_classes)"
+    )
+
+
+def _without_boxes(*empty: int) -> Callable[[Subject], Batch]:
+    def make(subject: Subject) -> Batch:
+        counts = [0 if i in empty else 2 for i in range(2)]
+        return known_boxes(subject.num_classes, subject.device, seed=6, counts=counts)
+
+    return make
+
+
+def _one_image(subject: Subject) -> Batch:
+    return known_boxes(subject.num_classes, subject.device, seed=6, sizes=((67, 93),), counts=(1,))
+
+
+def _without_area(subject: Subject) -> Batch:
+    images, targets = known_boxes(subject.num_classes, subject.device, seed=6)
+    targets[0]["boxes"][0] = torch.tensor([20.0, 30.0, 20.0, 30.0])
+    targets[1]["boxes"][0, 2] = targets[1]["boxes"][0, 0]
+    return images, targets
+
+
+def _tiny(subject: Subject) -> Batch:
+    return known_boxes(subject.num_classes, subject.device, seed=6, sizes=((9, 13), (7, 5)), counts=(1, 1))
+
+
+def _crowded(subject: Subject) -> Batch:
+    """120 boxes, more than most networks of queries have queries."""
+    images, _ = known_boxes(subject.num_classes, subject.device, seed=6, sizes=((61, 97),), counts=(1,))
+    y, x = torch.meshgrid(torch.arange(10.0) * 6, torch.arange(12.0) * 8, indexing="ij")
+    corners = torch.stack([x.flatten(), y.flatten()], 1)  # (120, 2)
+    boxes = torch.cat([corners, corners + 6], 1).to(subject.device)
+    return images, [{"boxes": boxes, "labels": torch.zeros(120, dtype=torch.int64, device=subject.device)}]
+
+
+_CASES: dict[str, Callable[[Subject], Batch]] = {
+    "a batch with an image without boxes": _without_boxes(0),
+    "a batch without any box": _without_boxes(0, 1),
+    "a batch of one image": _one_image,
+    "boxes without area": _without_area,
+    "images smaller than the coarsest stride": _tiny,
+    "an image of 120 boxes": _crowded,
+}

@@ -1,0 +1,83 @@
+"""Trains Mask R-CNN from boxes alone, as a page to copy and edit.
+
+    python examples/train_mask_rcnn.py --data DIR --output RUN
+
+DIR holds `annotations/{train,val}.json` with `{train,val}/` or COCO's own layout. `boxteacher train` adds
+checks, logs, checkpoints on the way, and more settings.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, RandomSampler
+
+from boxteacher import BoxTeacher
+from boxteacher.data import CocoInstances, collate, find_split, training_transform
+from boxteacher.engine.checkpoint import SegmenterInfo, save_checkpoint
+from boxteacher.engine.devices import pick_device, to_device
+from boxteacher.engine.evaluate import evaluate
+from boxteacher_adapters.mask_rcnn import build_mask_rcnn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--weights", default="imagenet", choices=("imagenet", "none"))
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--image-size", type=int, default=512)
+    arguments = parser.parse_args()
+
+    torch.manual_seed(0)
+    device = pick_device("auto")
+    split = find_split(arguments.data, "train")
+    data = CocoInstances(
+        split.images,
+        split.annotations,
+        transform=training_transform(arguments.image_size),
+        ignored_bottom_rows=10 if split.is_coco else 0,
+    )
+    sampler = RandomSampler(data, num_samples=arguments.steps * arguments.batch_size)
+    loader = DataLoader(data, arguments.batch_size, sampler=sampler, collate_fn=collate, num_workers=2)
+
+    segmenter = build_mask_rcnn(
+        len(data.class_names),
+        backbone=arguments.backbone,
+        weights=arguments.weights,
+        image_size=arguments.image_size,
+    )
+    model = BoxTeacher(
+        segmenter,
+        momentum=0.99,
+        warmup_steps=arguments.steps // 5,
+        pseudo_warmup_steps=arguments.steps,
+    )
+    model.to(device).train()
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-4, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-4, total_steps=arguments.steps)
+    for step, (images, targets) in enumerate(loader, start=1):
+        losses = model(*to_device(images, targets, device))
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 10.0)
+        optimizer.step()  # the teacher follows by itself
+        schedule.step()
+        if step % 20 == 0:
+            print(step, {name: round(loss.item(), 3) for name, loss in losses.items()})
+
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    info = SegmenterInfo(
+        "mask_rcnn", arguments.backbone, arguments.image_size, data.class_names, data.category_ids
+    )
+    checkpoint = arguments.output / "last.pt"
+    save_checkpoint(checkpoint, model.segmenter, info)
+    print(evaluate(checkpoint, arguments.data).table)
+
+
+if __name__ == "__main__":
+    main()
