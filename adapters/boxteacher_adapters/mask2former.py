@@ -34,8 +34,8 @@ class Mask2Former(nn.Module):
     """Mask2Former on maps of strides 4 to 32; follows `PseudoMaskProvider`.
 
     The cells of its masks are taken as they are for those of the mask grid: cell (r, c) stands for pixel
-    (4 r + 2, 4 c + 2), and training teaches it so. The original reads it as 4 r + 1.5, which is half a pixel
-    away; so far are masks of weights that come from there.
+    (4 r + 2, 4 c + 2), and training teaches it so. The original reads it as 4 r + 1.5, so weights that come
+    from there draw masks half a pixel off.
 
     Args:
         backbone: maps of strides 4, 8, 16 and 32.
@@ -77,20 +77,20 @@ class Mask2Former(nn.Module):
                 "Mask2Former is trained through BoxTeacher, BoxSupervised or MaskSupervised: wrap it, "
                 "or call eval() to detect"
             )
-        class_logits, mask_logits = self._final(images)
+        class_logits, logits = self._final(images)
         return [
             _detections_of_image(classes, masks, (image.shape[-2], image.shape[-1]))
-            for classes, masks, image in zip(class_logits, mask_logits, images, strict=True)
+            for classes, masks, image in zip(class_logits, logits, images, strict=True)
         ]
 
     def forward_teacher(self, images: list[Tensor]) -> Candidates:
         """Every query once, as its likeliest class, with the box round its mask."""
-        class_logits, mask_logits = self._final(images)
+        class_logits, logits = self._final(images)
         scores, labels = class_logits.softmax(-1)[..., :-1].max(-1)  # (B, Q) each
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
-        boxes = _boxes_of_masks(mask_logits, sizes, self.mask_stride)  # (B, Q, 4)
+        boxes = _boxes_of_masks(logits, sizes, self.mask_stride)  # (B, Q, 4)
         image_index = torch.arange(len(images), device=boxes.device).repeat_interleave(self.num_queries)
-        masks = mask_logits.flatten(0, 1)  # (B · Q, h, w)
+        masks = logits.flatten(0, 1)  # (B · Q, h, w)
         return Candidates(
             boxes.flatten(0, 1), scores.flatten(), labels.flatten(), image_index, masks.__getitem__
         )
@@ -99,7 +99,8 @@ class Mask2Former(nn.Module):
         """The classification loss, and for each round one mask per target, drawn by the query matched to it.
 
         A round is a decoder layer or the queries before the first. Queries without a target are "no object",
-        which counts a tenth. Targets' masks are looked at for matching alone; it waits for the device once.
+        which counts a tenth. Targets' masks are looked at for matching alone, which waits
+        for the device once.
 
         Raises:
             InputError: a label is out of range, or an image has more boxes than there are queries.

@@ -20,9 +20,9 @@ def check_provider(
 ) -> None:
     """Checks that a model does all that the core relies on, and says what to change where it does not.
 
-    The model itself stays as it is: copies of it are run, and one is trained for up to 200 steps on images of
-    at most 94 pixels with known boxes, to see that boxes and masks land where they should. Seconds for a
-    small network; build a large one with its smallest settings.
+    The model itself stays as it is: copies of it are run, and one is trained for up to 200 steps on small
+    images with known boxes, to see that boxes and masks land where they should. Seconds for a small network;
+    build a large one with its smallest settings.
 
     Example:
         >>> def test_my_segmenter_can_be_taught():  # doctest: +SKIP
