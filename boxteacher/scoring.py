@@ -44,6 +44,9 @@ def mask_confidence(scores: Tensor, quality: Tensor, formula: ConfidenceFormula 
 
 
 def smooth_masks(masks: Tensor) -> Tensor:
-    """Each mask (M, h, w) averaged with its 3 × 3 mean; cells outside the grid count as 0."""
+    """Each mask (…, h, w) averaged with its 3 × 3 mean; cells outside the grid count as 0."""
     values = masks.float()
-    return (values + F.avg_pool2d(values[:, None], 3, stride=1, padding=1)[:, 0]) / 2
+    padded = F.pad(values, (1, 1, 1, 1))
+    rows = padded[..., :-2, :] + padded[..., 1:-1, :] + padded[..., 2:, :]  # (…, h, w + 2)
+    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]  # (…, h, w)
+    return (values + total / 9) / 2

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from boxteacher.adaptation import adapted
 from boxteacher.errors import ProtocolError
 from boxteacher.losses import (
-    color_pair_selection,
+    BoxRegions,
     color_pairwise_loss,
+    color_relation,
     noise_aware_pixel_loss,
     pair_sums,
     projection_loss,
 )
-from boxteacher.losses.pairs import PairSelection
+from boxteacher.losses.pairs import PairRelation
 from boxteacher.protocol import Detections, MaskPredictions, PseudoMaskProvider, Target
 from boxteacher.steps import StepCounter
 from boxteacher.targets import GridTargets, color_similarity, grid_targets
@@ -189,10 +190,9 @@ class BoxSupervised(Supervision):
     def _mask_losses(
         self, predictions: MaskPredictions, grid: GridTargets, lessons: Any
     ) -> dict[str, Tensor]:
-        boxes = grid.box_masks[predictions.target_index]  # (M, h, w)
-        selection = self._color_pairs(predictions, grid, boxes, lessons)
-        sums, counts = pair_sums(predictions.logits, [selection], self.kernel_size, self.dilation)
-        return self._box_losses(predictions, boxes, sums[0], counts[0])
+        colors = self._color_relation(predictions, grid, lessons)
+        sums, counts = self._pair_sums(predictions, grid, [colors])
+        return self._box_losses(predictions, grid, sums[0], counts[0])
 
     def _color_similarity(self, images: list[Tensor], grid: GridTargets) -> Tensor:
         provider = self._provider
@@ -200,17 +200,23 @@ class BoxSupervised(Supervision):
             images, grid.valid, provider.mask_stride, provider.size_divisor, self.kernel_size, self.dilation
         )
 
-    def _color_pairs(
-        self, predictions: MaskPredictions, grid: GridTargets, boxes: Tensor, similarity: Tensor
-    ) -> PairSelection:
+    def _color_relation(
+        self, predictions: MaskPredictions, grid: GridTargets, similarity: Tensor
+    ) -> PairRelation:
         image_index = grid.image_index[predictions.target_index]
-        return color_pair_selection(
-            boxes, similarity, image_index, self.color_threshold, self.kernel_size, self.dilation
-        )
+        return color_relation(similarity, image_index, self.color_threshold, self.kernel_size, self.dilation)
+
+    def _pair_sums(
+        self, predictions: MaskPredictions, grid: GridTargets, relations: Sequence[PairRelation]
+    ) -> tuple[Tensor, Tensor]:
+        index = predictions.target_index  # (M,)
+        regions = BoxRegions(grid.extents[index], grid.image_index[index], grid.valid)
+        return pair_sums(predictions.logits, regions, relations, self.kernel_size, self.dilation)
 
     def _box_losses(
-        self, predictions: MaskPredictions, boxes: Tensor, pair_sum: Tensor, pair_count: Tensor
+        self, predictions: MaskPredictions, grid: GridTargets, pair_sum: Tensor, pair_count: Tensor
     ) -> dict[str, Tensor]:
+        boxes = grid.box_masks[predictions.target_index]  # (M, h, w)
         projection = projection_loss(predictions.logits, boxes)  # (M,)
         return {
             "loss_projection": projection.sum() / max(len(projection), 1),

@@ -21,6 +21,8 @@ class GridTargets:
         boxes: (T, 4) in pixels.
         labels: (T,) int64.
         image_index: (T,) int64.
+        extents: (T, 4) int64, the cells of `box_masks`: first row, first column, end row, end column, the
+            ends exclusive.
         box_masks: (T, h, w) bool, inside of the box.
         masks: (T, h, w) bool, masks that were drawn; empty where none was.
         has_mask: (T,) bool, whether there is one.
@@ -31,6 +33,7 @@ class GridTargets:
     boxes: Tensor
     labels: Tensor
     image_index: Tensor
+    extents: Tensor
     box_masks: Tensor
     masks: Tensor
     has_mask: Tensor
@@ -66,6 +69,7 @@ def grid_targets(
         boxes=boxes,
         labels=labels,
         image_index=image_index,
+        extents=box_extents(boxes, rows, columns),
         box_masks=box_masks(boxes, rows, columns),
         masks=masks,
         has_mask=has_mask,
@@ -74,8 +78,8 @@ def grid_targets(
     )
 
 
-def box_masks(boxes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Which cells lie in each box: those whose pixel is one that the box touches.
+def box_extents(boxes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The cells of each box: those whose pixel is one that the box touches.
 
     Args:
         boxes: (T, 4) `x0, y0, x1, y1` in pixels.
@@ -83,11 +87,22 @@ def box_masks(boxes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         columns: (w,) pixel column of each grid column.
 
     Returns:
-        (T, h, w) bool.
+        (T, 4) int64, first row, first column, end row, end column, the ends exclusive; both alike for a box
+        that lies between the rows, or columns, of pixels.
     """
     x0, y0, x1, y1 = boxes.floor().unsqueeze(-1).unbind(1)  # (T, 1) each
-    inside_rows = (rows >= y0) & (rows <= y1)  # (T, h)
-    inside_columns = (columns >= x0) & (columns <= x1)  # (T, w)
+    ends = [rows < y0, columns < x0, rows <= y1, columns <= x1]
+    return torch.stack([before.sum(1) for before in ends], 1)
+
+
+def box_masks(boxes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Which cells lie in each box, (T, h, w) bool; arguments as for `box_extents`."""
+    extents = box_extents(boxes, rows, columns)
+    top, left, bottom, right = extents.unsqueeze(-1).unbind(1)  # (T, 1) each
+    row = torch.arange(len(rows), device=rows.device)  # (h,)
+    column = torch.arange(len(columns), device=columns.device)  # (w,)
+    inside_rows = (row >= top) & (row < bottom)  # (T, h)
+    inside_columns = (column >= left) & (column < right)  # (T, w)
     return inside_rows[:, :, None] & inside_columns[:, None, :]
 
 

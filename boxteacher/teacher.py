@@ -11,10 +11,9 @@ from boxteacher.assignment import assign_greedily, match_quality
 from boxteacher.augmentation import StrongAugmentation
 from boxteacher.ema import ema_momentum, update_ema
 from boxteacher.losses import (
-    affinity_pair_selection,
+    affinity_relation,
     noise_aware_pixel_loss,
     noise_reduced_affinity_loss,
-    pair_sums,
 )
 from boxteacher.protocol import Candidates, MaskPredictions
 from boxteacher.scoring import ConfidenceFormula, mask_confidence, mask_quality, ranking_score
@@ -189,19 +188,17 @@ class BoxTeacher(BoxSupervised):
     ) -> dict[str, Tensor]:
         similarity, pseudo = lessons
         index = predictions.target_index  # (M,)
-        boxes, masks = grid.box_masks[index], pseudo.masks[index]  # (M, h, w) each
         confidence = pseudo.confidence[index]  # (M,)
-        valid = grid.valid[grid.image_index[index]]  # (M, h, w)
-        selections = [
-            self._color_pairs(predictions, grid, boxes, similarity),
-            affinity_pair_selection(boxes, masks, valid, self.affinity_threshold),
+        relations = [
+            self._color_relation(predictions, grid, similarity),
+            affinity_relation(pseudo.masks, index, self.affinity_threshold),
         ]
-        sums, counts = pair_sums(predictions.logits, selections, self.kernel_size, self.dilation)
-        pixel = noise_aware_pixel_loss(predictions.logits, masks, confidence)
+        sums, counts = self._pair_sums(predictions, grid, relations)
+        pixel = noise_aware_pixel_loss(predictions.logits, pseudo.masks[index], confidence)
         affinity = noise_reduced_affinity_loss(sums[1], counts[1], confidence)
         warmup = self._warmup(self.pseudo_warmup_steps)
         return {
-            **self._box_losses(predictions, boxes, sums[0], counts[0]),
+            **self._box_losses(predictions, grid, sums[0], counts[0]),
             "loss_pixel": pixel * (self.pixel_weight * warmup),
             "loss_affinity": affinity * (self.affinity_weight * warmup),
         }

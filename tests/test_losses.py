@@ -1,7 +1,7 @@
 """The four mask losses: naive versions, closed forms, symmetries, gradients, extremes."""
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from boxteacher.losses import (
-    affinity_pair_selection,
-    color_pair_selection,
+    BoxRegions,
+    affinity_relation,
+    canvas,
     color_pairwise_loss,
+    color_relation,
     dice_loss,
     noise_aware_pixel_loss,
     noise_reduced_affinity_loss,
@@ -22,87 +24,186 @@ from boxteacher.losses import (
     projection_loss,
 )
 from boxteacher.losses.pairs import pair_term
-from boxteacher.neighbours import Offset, neighbour_offsets
+from boxteacher.neighbours import neighbour_offsets
 from boxteacher.targets import color_similarity
 
 
-def random_weights(
-    masks: int, height: int, width: int, kernel_size: int, dilation: int, seed: int = 0
-) -> dict[Offset, Tensor]:
+@dataclass(frozen=True)
+class Scene:
+    """Masks with all that the two pair losses compare them with."""
+
+    logits: Tensor  # (M, h, w)
+    extents: Tensor  # (M, 4)
+    image_index: Tensor  # (M,)
+    valid: Tensor  # (B, h, w)
+    similarity: Tensor  # (B, 8, h, w)
+    pseudo_masks: Tensor  # (M, h, w)
+
+    def pair_sums(self, kernel_size: int = 3, dilation: int = 2) -> tuple[Tensor, Tensor]:
+        return pair_sums(
+            self.logits,
+            BoxRegions(self.extents, self.image_index, self.valid),
+            [
+                color_relation(self.similarity, self.image_index, 0.5, kernel_size, dilation),
+                affinity_relation(self.pseudo_masks, torch.arange(len(self.logits)), 0.5),
+            ],
+            kernel_size,
+            dilation,
+        )
+
+    def flip(self, dimension: int) -> "Scene":
+        """The mirror image; `dimension` is 1 for top and bottom, 2 for left and right."""
+        size = self.logits.shape[dimension]
+        first, end = dimension - 1, dimension + 1
+        extents = self.extents.clone()
+        extents[:, first], extents[:, end] = size - self.extents[:, end], size - self.extents[:, first]
+        offsets = neighbour_offsets()
+        mirrored = [
+            offsets.index((-down, right) if dimension == 1 else (down, -right)) for down, right in offsets
+        ]
+        return replace(
+            self,
+            logits=self.logits.flip(dimension),
+            extents=extents,
+            valid=self.valid.flip(dimension),
+            similarity=self.similarity.flip(dimension + 1)[:, mirrored],
+            pseudo_masks=self.pseudo_masks.flip(dimension),
+        )
+
+
+def random_scene(
+    masks: int,
+    height: int,
+    width: int,
+    kernel_size: int = 3,
+    dilation: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Scene:
     generator = torch.Generator().manual_seed(seed)
-    return {
-        offset: torch.rand(masks, height, width, generator=generator) < 0.5
-        for offset in neighbour_offsets(kernel_size, dilation)
-    }
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    sides = torch.tensor([height, width])
+    first = (random(masks, 2) * sides).long()  # (M, 2)
+    end = first + (random(masks, 2) * (sides + 1 - first)).long()  # some boxes have no cell at all
+    bottom = int(torch.randint(height, (), generator=generator))
+    valid = torch.ones(2, height, width, dtype=torch.bool)
+    valid[1, bottom:] = False
+    images = [(random(3, height, width) * 0.03).float() for _ in range(2)]
+    return Scene(
+        logits=(6 * random(masks, height, width) - 3).to(dtype),
+        extents=torch.cat([first, end], 1),
+        image_index=torch.randint(2, (masks,), generator=generator),
+        valid=valid,
+        similarity=color_similarity(images, valid, 1, 1, kernel_size, dilation),
+        pseudo_masks=random(masks, height, width) < 0.5,
+    )
 
 
-def naive_pair_sums(
-    logits: Tensor, weights: dict[Offset, Tensor], kernel_size: int, dilation: int
-) -> tuple[Tensor, Tensor]:
-    """All neighbours at once by `unfold`, probabilities instead of logits."""
-    masks, height, width = logits.shape
-    settings = {"dilation": dilation, "padding": dilation * (kernel_size // 2)}
+def neighbours(grid: Tensor, kernel_size: int, dilation: int) -> Tensor:
+    """All neighbours (M, 8, h, w) of each cell of (M, h, w), by `unfold`."""
+    masks, height, width = grid.shape
+    padding = dilation * (kernel_size // 2)
+    columns = F.unfold(grid[:, None], kernel_size, dilation=dilation, padding=padding)
+    columns = columns.view(masks, -1, height, width)
+    middle = kernel_size**2 // 2
+    return torch.cat([columns[:, :middle], columns[:, middle + 1 :]], 1)
 
-    def neighbours(grid: Tensor) -> Tensor:
-        columns = F.unfold(grid[:, None], kernel_size, **settings).view(masks, -1, height, width)
-        middle = kernel_size**2 // 2
-        return torch.cat([columns[:, :middle], columns[:, middle + 1 :]], 1)
 
-    p = logits.sigmoid()
-    q = neighbours(p)
-    weight = torch.stack(list(weights.values()), 1) * neighbours(torch.ones_like(p))
+def naive_pair_sums(scene: Scene, kernel_size: int, dilation: int) -> tuple[Tensor, Tensor]:
+    """Both relations over every cell of the grid, in all directions, with probabilities, not logits."""
+    height, width = scene.logits.shape[1:]
+    row, column = torch.arange(height)[:, None], torch.arange(width)
+    top, left, bottom, right = scene.extents[:, :, None, None].unbind(1)
+    in_box = (row >= top) & (row < bottom) & (column >= left) & (column < right)  # (M, h, w)
+    alike = scene.similarity[scene.image_index] >= 0.5  # (M, 8, h, w)
+    masks = scene.pseudo_masks.double()
+    smooth = (masks + F.avg_pool2d(masks[:, None], 3, stride=1, padding=1)[:, 0]) / 2  # (M, h, w)
+    other = neighbours(smooth, kernel_size, dilation)  # (M, 8, h, w)
+    affinity = smooth[:, None] * other + (1 - smooth[:, None]) * (1 - other)
+    valid = neighbours(scene.valid[scene.image_index].double(), kernel_size, dilation) > 0
+    weights = torch.stack([alike, valid & (affinity >= 0.5)]) & in_box[:, None]  # (2, M, 8, h, w)
+    p = scene.logits.sigmoid()
+    q = neighbours(p, kernel_size, dilation)
     term = -(p[:, None] * q + (1 - p)[:, None] * (1 - q)).clamp(min=1e-300).log()
-    return (term * weight).sum((1, 2, 3)), weight.sum((1, 2, 3))
+    return (term * weights).sum((2, 3, 4)), weights.sum((2, 3, 4))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    masks=st.integers(1, 3),
-    height=st.integers(1, 9),
-    width=st.integers(1, 9),
+    masks=st.integers(1, 4),
+    height=st.integers(1, 12),
+    width=st.integers(1, 12),
     kernel_size=st.sampled_from([3, 5]),
     dilation=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
 @example(masks=2, height=1, width=1, kernel_size=5, dilation=3, seed=0)
 @example(masks=2, height=2, width=7, kernel_size=3, dilation=2, seed=0)
+@example(masks=3, height=12, width=12, kernel_size=9, dilation=1, seed=0)
+@example(masks=40, height=20, width=30, kernel_size=3, dilation=2, seed=0)
 def test_pair_sums_are_those_of_a_naive_version(masks, height, width, kernel_size, dilation, seed):
-    generator = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(masks, height, width, dtype=torch.float64, generator=generator)
-    logits.requires_grad_()
-    both = [random_weights(masks, height, width, kernel_size, dilation, seed + s) for s in range(2)]
-    factors = torch.rand(2, masks, dtype=torch.float64, generator=generator)
+    scene = random_scene(masks, height, width, kernel_size, dilation, seed, torch.float64)
+    scene.logits.requires_grad_()
+    factors = torch.rand(2, masks, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
-    sums, counts = pair_sums(logits, [w.__getitem__ for w in both], kernel_size, dilation)
-    naive = [naive_pair_sums(logits, weights, kernel_size, dilation) for weights in both]
-    naive_sums, naive_counts = (torch.stack(parts) for parts in zip(*naive, strict=True))
+    sums, counts = scene.pair_sums(kernel_size, dilation)
+    naive_sums, naive_counts = naive_pair_sums(scene, kernel_size, dilation)
     assert_close(sums, naive_sums)
-    assert torch.equal(counts, naive_counts)
+    assert torch.equal(counts.long(), naive_counts)
 
-    (gradient,) = torch.autograd.grad((sums * factors).sum(), logits)
-    (naive_gradient,) = torch.autograd.grad((naive_sums * factors).sum(), logits)
+    (gradient,) = torch.autograd.grad((sums * factors).sum(), scene.logits)
+    (naive_gradient,) = torch.autograd.grad((naive_sums * factors).sum(), scene.logits)
     assert_close(gradient, naive_gradient)
+
+
+def test_pair_sums_do_not_depend_on_how_boxes_are_packed(monkeypatch):
+    """Many small canvases, or few large ones with boxes of any width: the same values."""
+    scene = random_scene(30, 24, 40)
+    expected = scene.pair_sums()
+    for cells, ratio in ((1, 1.01), (2**30, 1e6)):
+        monkeypatch.setattr(canvas, "_CELLS_AT_ONCE_ON_CPU", cells)
+        monkeypatch.setattr(canvas, "_WIDTH_RATIO", ratio)
+        sums, counts = scene.pair_sums()
+        assert_close(sums, expected[0])
+        assert torch.equal(counts, expected[1])
+
+
+def test_masks_in_another_order_have_the_same_sums():
+    scene = random_scene(9, 16, 24)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    shuffled = replace(
+        scene,
+        logits=scene.logits[order],
+        extents=scene.extents[order],
+        image_index=scene.image_index[order],
+        pseudo_masks=scene.pseudo_masks[order],
+    )
+    for ours, theirs in zip(shuffled.pair_sums(), scene.pair_sums(), strict=True):
+        assert_close(ours, theirs[:, order])
 
 
 @pytest.mark.parametrize(("kernel_size", "dilation"), [(3, 1), (3, 2), (5, 1)])
 def test_gradients_of_pair_sums_are_those_of_finite_differences(kernel_size, dilation):
-    torch.manual_seed(0)
-    logits = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
-    weights = [random_weights(2, 5, 6, kernel_size, dilation, seed) for seed in range(2)]
+    scene = random_scene(2, 5, 6, kernel_size, dilation, dtype=torch.float64)
+    scene = replace(scene, extents=torch.tensor([[0, 1, 4, 6], [1, 0, 5, 3]]))
 
-    def sums_of(x: Tensor) -> Tensor:
-        return pair_sums(x, [w.__getitem__ for w in weights], kernel_size, dilation)[0]
+    def sums_of(logits: Tensor) -> Tensor:
+        return replace(scene, logits=logits).pair_sums(kernel_size, dilation)[0]
 
-    assert torch.autograd.gradcheck(sums_of, (logits,))
+    assert torch.autograd.gradcheck(sums_of, (scene.logits.requires_grad_(),))
 
 
 def test_counts_have_no_gradient_and_none_is_kept_without_need():
-    weights = random_weights(2, 5, 6, 3, 2)
-    sums, counts = pair_sums(torch.randn(2, 5, 6).requires_grad_(), [weights.__getitem__], 3, 2)
+    scene = random_scene(2, 5, 6)
+    sums, counts = scene.pair_sums()
+    assert not sums.requires_grad
+    scene.logits.requires_grad_()
+    sums, counts = scene.pair_sums()
     assert sums.requires_grad
     assert not counts.requires_grad
-    sums, counts = pair_sums(torch.randn(2, 5, 6), [weights.__getitem__], 3, 2)
-    assert not sums.requires_grad
 
 
 @settings(max_examples=200, deadline=None)
@@ -128,58 +229,28 @@ def test_pair_term_is_never_negative():
 
 
 @pytest.mark.parametrize("dimension", [1, 2])
-def test_colour_pairs_count_alike_in_a_mirror(dimension):
-    """Flipping the image, the boxes and the logits together changes no loss."""
-    torch.manual_seed(0)
-    image = (torch.rand(3, 8, 12) * 0.02).repeat_interleave(8, 1).repeat_interleave(8, 2)  # (3, 64, 96)
-    boxes, logits = torch.rand(3, 16, 24) < 0.7, torch.randn(3, 16, 24)
-
-    def loss(picture: Tensor, inside: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        similarity = color_similarity([picture], torch.ones(1, 16, 24).bool(), 4, 32)
-        selection = color_pair_selection(inside, similarity, torch.zeros(3, dtype=torch.int64), 0.3, 3, 2)
-        sums, counts = pair_sums(masks, [selection], 3, 2)
-        return sums[0], counts[0]
-
-    sums, counts = loss(image, boxes, logits)
-    mirrored = loss(image.flip(dimension), boxes.flip(dimension), logits.flip(dimension))
-    assert counts.sum() > 100
-    assert torch.equal(mirrored[1], counts)
-    assert_close(mirrored[0], sums)
-
-
-@pytest.mark.parametrize("dimension", [1, 2])
-def test_affinity_pairs_count_alike_in_a_mirror(dimension):
-    torch.manual_seed(0)
-    boxes, masks = torch.rand(3, 16, 24) < 0.7, torch.rand(3, 16, 24) < 0.5
-    logits = torch.randn(3, 16, 24)
-
-    def loss(flip: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        valid = torch.ones(3, 16, 24).bool()
-        selection = affinity_pair_selection(flip(boxes), flip(masks & boxes), valid, 0.5)
-        return pair_sums(flip(logits), [selection], 3, 2)
-
-    sums, counts = loss(lambda grid: grid)
-    flipped_sums, flipped_counts = loss(lambda grid: grid.flip(dimension))
-    assert torch.equal(flipped_counts, counts)
-    assert_close(flipped_sums, sums)
+def test_pairs_count_alike_in_a_mirror(dimension):
+    """Flipping the image, the boxes, the pseudo masks and the logits together changes no loss."""
+    scene = random_scene(6, 16, 24)
+    sums, counts = scene.pair_sums()
+    mirrored_sums, mirrored_counts = scene.flip(dimension).pair_sums()
+    assert (counts.sum(1) > 100).all()
+    assert torch.equal(mirrored_counts, counts)
+    assert_close(mirrored_sums, sums)
 
 
 def all_losses(logits: Tensor, confidence: float = 0.7) -> dict[str, Tensor]:
     masks, height, width = logits.shape
-    generator = torch.Generator().manual_seed(5)
-    boxes = torch.rand(masks, height, width, generator=generator) < 0.8
-    pseudo = torch.rand(masks, height, width, generator=generator) < 0.5
-    similarity = torch.rand(1, 8, height, width, generator=generator)
-    selections = [
-        color_pair_selection(boxes, similarity, torch.zeros(masks, dtype=torch.int64), 0.3, 3, 2),
-        affinity_pair_selection(boxes, pseudo, torch.ones_like(boxes), 0.5),
-    ]
-    sums, counts = pair_sums(logits, selections, 3, 2)
+    scene = replace(random_scene(masks, height, width, seed=5), logits=logits)
+    row, column = torch.arange(height)[:, None], torch.arange(width)
+    top, left, bottom, right = scene.extents[:, :, None, None].unbind(1)
+    boxes = (row >= top) & (row < bottom) & (column >= left) & (column < right)
+    sums, counts = scene.pair_sums()
     trust = torch.full((masks,), confidence)
     return {
         "projection": projection_loss(logits, boxes).sum(),
         "color": color_pairwise_loss(sums[0], counts[0]),
-        "pixel": noise_aware_pixel_loss(logits, pseudo, trust),
+        "pixel": noise_aware_pixel_loss(logits, scene.pseudo_masks, trust),
         "affinity": noise_reduced_affinity_loss(sums[1], counts[1], trust),
     }
 
@@ -330,11 +401,15 @@ def test_a_larger_canvas_changes_no_loss():
 
 
 def test_a_colour_pair_needs_its_centre_in_the_box_and_its_image_s_colours():
-    boxes = torch.zeros(2, 4, 4).bool()
-    boxes[:, 1, 1] = True
     similarity = torch.zeros(2, 8, 4, 4)
     offsets = neighbour_offsets(3, 1)
     similarity[1, offsets.index((0, 1))] = 0.3  # as much as the threshold asks for, in image 1 only
-    selection = color_pair_selection(boxes, similarity, torch.tensor([0, 1]), 0.3, 3, 1)
-    _, counts = pair_sums(torch.zeros(2, 4, 4), [selection], 3, 1)
-    assert counts.tolist() == [[0, 1]]
+    image_index = torch.tensor([0, 1])
+    regions = BoxRegions(
+        extents=torch.tensor([[1, 1, 2, 2]]).expand(2, -1),
+        image_index=image_index,
+        valid=torch.ones(2, 4, 4, dtype=torch.bool),
+    )
+    relation = color_relation(similarity, image_index, 0.3, 3, 1)
+    _, counts = pair_sums(torch.zeros(2, 4, 4), regions, [relation], 3, 1)
+    assert counts.tolist() == [[0, 2]]  # the cell with its right neighbour, and with its left one

@@ -8,9 +8,10 @@ from boxteacher import BoxTeacher
 from boxteacher.assignment import assign_greedily, match_quality
 from boxteacher.ema import ema_momentum
 from boxteacher.losses import (
-    affinity_pair_selection,
-    color_pair_selection,
+    BoxRegions,
+    affinity_relation,
     color_pairwise_loss,
+    color_relation,
     dice_loss,
     noise_aware_pixel_loss,
     noise_reduced_affinity_loss,
@@ -74,27 +75,41 @@ def test_pair_term_is_the_reference_and_certain_outside_the_grid():
 
 
 def test_each_pair_of_the_kernel_is_the_reference_term():
-    """`pair_sums` with a single offset selected adds up just that offset's terms."""
+    """`pair_sums` with a single direction related adds up just those pairs' terms, once from either cell."""
     array = reference("boxinst_losses")
     logits, terms = array("mask_logits"), array("pairwise_term")
-    everywhere, nowhere = torch.ones_like(logits).bool(), torch.zeros_like(logits).bool()
-    for k, only in enumerate(OFFSETS):
-        sums, _ = pair_sums(logits, [lambda o, only=only: everywhere if o == only else nowhere], 3, 2)
-        assert_relative(sums[0], terms[:, k].sum((1, 2)))
+    everywhere = BoxRegions(
+        extents=torch.tensor([[0, 0, *logits.shape[1:]]]).expand(len(logits), -1),
+        image_index=torch.zeros(len(logits), dtype=torch.int64),
+        valid=torch.ones_like(logits[:1], dtype=torch.bool),
+    )
+    for k, only in enumerate(OFFSETS[4:], start=4):
+        sums, _ = pair_sums(
+            logits, everywhere, [lambda _, only=only: lambda o: torch.tensor(o == only)], 3, 2
+        )
+        assert_relative(sums[0], (terms[:, k] + terms[:, 7 - k]).sum((1, 2)))
+
+
+def extents_of(box_masks: torch.Tensor) -> torch.Tensor:
+    """First row, first column, end row and end column (T, 4) of rectangles (T, h, w)."""
+    rows, columns = box_masks.any(2).int(), box_masks.any(1).int()
+    first = torch.stack([rows.argmax(1), columns.argmax(1)], 1)
+    return torch.cat([first, first + torch.stack([rows.sum(1), columns.sum(1)], 1)], 1)
+
+
+def inst_regions(index: torch.Tensor) -> BoxRegions:
+    array = reference("boxinst_losses")
+    valid = reference("pseudo_mask_losses")("valid_pixels") > 0
+    return BoxRegions(extents_of(array("box_masks") > 0)[index], torch.zeros_like(index), valid)
 
 
 def test_color_pairwise_loss_and_gradient_are_the_reference():
     array = reference("boxinst_losses")
     logits, index = array("mask_logits").requires_grad_(), array("target_index")
-    selection = color_pair_selection(
-        array("box_masks")[index] > 0,
-        array("color_similarity"),
-        torch.zeros_like(index),
-        float(array("color_threshold")),
-        3,
-        2,
+    relation = color_relation(
+        array("color_similarity"), torch.zeros_like(index), float(array("color_threshold")), 3, 2
     )
-    sums, counts = pair_sums(logits, [selection], 3, 2)
+    sums, counts = pair_sums(logits, inst_regions(index), [relation], 3, 2)
     loss = color_pairwise_loss(sums[0], counts[0])
     assert_relative(loss, array("pairwise_loss"))
     (gradient,) = torch.autograd.grad(loss, logits)
@@ -105,7 +120,9 @@ def test_mask_affinity_is_the_reference():
     array = reference("pseudo_mask_losses")
     smooth = smooth_masks(array("pseudo_masks"))
     valid = array("valid_pixels").expand_as(smooth)
-    affinity = torch.stack([mask_affinity(smooth, valid, offset) for offset in OFFSETS], 1)
+    affinity = torch.stack(
+        [mask_affinity(smooth, shifted(smooth, o)) * shifted(valid, o) for o in OFFSETS], 1
+    )
     assert_relative(affinity, array("affinity"))
     assert torch.equal(affinity == 0, array("affinity") == 0)
 
@@ -124,13 +141,8 @@ def test_pixel_loss_and_gradient_are_the_reference():
 def test_affinity_loss_and_gradient_are_the_reference():
     array = reference("pseudo_mask_losses")
     logits, index = array("mask_logits").requires_grad_(), array("target_index")
-    selection = affinity_pair_selection(
-        array("box_masks")[index] > 0,
-        array("pseudo_masks")[index],
-        (array("valid_pixels") > 0).expand_as(logits),
-        float(array("affinity_threshold")),
-    )
-    sums, counts = pair_sums(logits, [selection], 3, 2)
+    relation = affinity_relation(array("pseudo_masks"), index, float(array("affinity_threshold")))
+    sums, counts = pair_sums(logits, inst_regions(index), [relation], 3, 2)
     loss = noise_reduced_affinity_loss(sums[0], counts[0], array("confidence")[index])
     assert_relative(loss, array("affinity_loss"))
     (gradient,) = torch.autograd.grad(loss, logits)
@@ -140,12 +152,11 @@ def test_affinity_loss_and_gradient_are_the_reference():
 def test_both_pair_losses_in_one_pass_give_the_gradients_of_each():
     inst, pseudo = reference("boxinst_losses"), reference("pseudo_mask_losses")
     logits, index = inst("mask_logits").requires_grad_(), inst("target_index")
-    boxes, valid = inst("box_masks")[index] > 0, (pseudo("valid_pixels") > 0).expand_as(logits)
-    selections = [
-        color_pair_selection(boxes, inst("color_similarity"), torch.zeros_like(index), 0.3, 3, 2),
-        affinity_pair_selection(boxes, pseudo("pseudo_masks")[index], valid, 0.5),
+    relations = [
+        color_relation(inst("color_similarity"), torch.zeros_like(index), 0.3, 3, 2),
+        affinity_relation(pseudo("pseudo_masks"), index, 0.5),
     ]
-    sums, counts = pair_sums(logits, selections, 3, 2)
+    sums, counts = pair_sums(logits, inst_regions(index), relations, 3, 2)
     color = color_pairwise_loss(sums[0], counts[0])
     affinity = noise_reduced_affinity_loss(sums[1], counts[1], pseudo("confidence")[index])
     (gradient,) = torch.autograd.grad(color + affinity, logits)

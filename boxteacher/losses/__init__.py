@@ -1,20 +1,22 @@
 """The four mask losses, each named as its paper names it."""
 
+from boxteacher.losses.canvas import BoxRegions
 from boxteacher.losses.dice import dice_loss
 from boxteacher.losses.pairs import pair_sums
 from boxteacher.losses.pairwise import (
-    affinity_pair_selection,
-    color_pair_selection,
+    affinity_relation,
     color_pairwise_loss,
+    color_relation,
     noise_reduced_affinity_loss,
 )
 from boxteacher.losses.pixel import noise_aware_pixel_loss
 from boxteacher.losses.projection import projection_loss
 
 __all__ = [
-    "affinity_pair_selection",
-    "color_pair_selection",
+    "BoxRegions",
+    "affinity_relation",
     "color_pairwise_loss",
+    "color_relation",
     "dice_loss",
     "noise_aware_pixel_loss",
     "noise_reduced_affinity_loss",

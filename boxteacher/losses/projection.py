@@ -10,11 +10,11 @@ def projection_loss(mask_logits: Tensor, box_masks: Tensor) -> Tensor:
 
     Args:
         mask_logits: (M, h, w).
-        box_masks: (M, h, w), the box of each mask's target.
+        box_masks: (M, h, w) bool, the box of each mask's target.
 
     Returns:
         (M,) in [0, 2].
     """
     probabilities = mask_logits.float().sigmoid()  # (M, h, w)
-    boxes = box_masks.float()
-    return dice_loss(probabilities.amax(1), boxes.amax(1)) + dice_loss(probabilities.amax(2), boxes.amax(2))
+    rows, columns = box_masks.any(2).float(), box_masks.any(1).float()  # (M, h), (M, w)
+    return dice_loss(probabilities.amax(2), rows) + dice_loss(probabilities.amax(1), columns)
