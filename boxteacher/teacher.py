@@ -15,6 +15,7 @@ from boxteacher.losses import (
     noise_aware_pixel_loss,
     noise_reduced_affinity_loss,
 )
+from boxteacher.precision import autocast_to
 from boxteacher.protocol import Candidates, MaskPredictions
 from boxteacher.scoring import ConfidenceFormula, mask_confidence, mask_quality, ranking_score
 from boxteacher.supervision import BoxSupervised
@@ -60,6 +61,12 @@ class BoxTeacher(BoxSupervised):
         score_threshold: candidates must score above it, in [0, 1].
         mask_threshold: a cell belongs to a pseudo mask above this probability, in [0, 1].
         confidence: formula of the mask-aware confidence, "released" or "paper" (see `mask_confidence`).
+        quality_stride: pixels of the image per pixel at which a mask's quality is measured: the provider's
+            `mask_stride` if not given, 1 as in the released code, which costs more and changes little.
+        teacher_dtype: what the teacher computes in, by autocast, such as `torch.bfloat16`; as the rest of the
+            step if not given.
+        teacher_interval: optimizer steps from one question to the teacher to the next; in between, masks
+            learn from boxes, colours and drawn masks alone.
         pixel_weight: of the noise-aware pixel loss.
         affinity_weight: of the noise-reduced affinity loss.
         affinity_threshold: least affinity of a pair, in (0, 1].
@@ -85,6 +92,9 @@ class BoxTeacher(BoxSupervised):
         score_threshold: float = 0.0,
         mask_threshold: float = 0.5,
         confidence: ConfidenceFormula = "released",
+        quality_stride: int | None = None,
+        teacher_dtype: torch.dtype | None = None,
+        teacher_interval: int = 1,
         pixel_weight: float = 0.5,
         affinity_weight: float = 0.1,
         affinity_threshold: float = 0.5,
@@ -111,6 +121,11 @@ class BoxTeacher(BoxSupervised):
         check_range("pixel_weight", pixel_weight, least=0)
         check_range("affinity_weight", affinity_weight, least=0)
         check_range("pseudo_warmup_steps", pseudo_warmup_steps or 0, least=0)
+        check_range("teacher_interval", teacher_interval, least=1)
+        mask_stride = self._provider.mask_stride
+        if quality_stride is not None:
+            dividers = tuple(n for n in range(1, mask_stride + 1) if mask_stride % n == 0)
+            check_choice("quality_stride", quality_stride, dividers)
         check_choice("confidence", confidence, ("released", "paper"))
         check_choice("inference", inference, ("teacher", "student"))
         self.momentum = momentum
@@ -118,6 +133,9 @@ class BoxTeacher(BoxSupervised):
         self.score_threshold = score_threshold
         self.mask_threshold = mask_threshold
         self.confidence: ConfidenceFormula = confidence
+        self.quality_stride = mask_stride if quality_stride is None else quality_stride
+        self.teacher_dtype = teacher_dtype
+        self.teacher_interval = teacher_interval
         self.pixel_weight = pixel_weight
         self.affinity_weight = affinity_weight
         self.affinity_threshold = affinity_threshold
@@ -153,9 +171,12 @@ class BoxTeacher(BoxSupervised):
         return self.augmentation(images)
 
     def _prepare(self, images: list[Tensor], grid: GridTargets) -> Any:
-        with torch.no_grad():
-            candidates = self.teacher.forward_teacher(images)  # type: ignore[operator]
-            self.last_pseudo_masks = self._pseudo_masks(candidates, grid)
+        if self._counter.steps % self.teacher_interval == 0:
+            with torch.no_grad(), autocast_to(self.teacher_dtype, images[0].device):
+                candidates = self.teacher.forward_teacher(images)  # type: ignore[operator]
+                self.last_pseudo_masks = self._pseudo_masks(candidates, grid)
+        else:
+            self.last_pseudo_masks = PseudoMasks(grid.masks, grid.has_mask.float())
         return self._color_similarity(images, grid), self.last_pseudo_masks
 
     def _pseudo_masks(self, candidates: Candidates, grid: GridTargets) -> PseudoMasks:
@@ -170,7 +191,8 @@ class BoxTeacher(BoxSupervised):
         logits = candidates.decode_masks(eligible)  # (E, h, w)
         check_mask_logits(self.teacher, "decode_masks", logits, tuple(inside.shape))
         probabilities = logits.float().sigmoid() * inside  # (E, h, w)
-        quality = mask_quality(probabilities, self.mask_threshold)  # (E,)
+        enlargement = self._provider.mask_stride // self.quality_stride
+        quality = mask_quality(probabilities, self.mask_threshold, enlargement)  # (E,)
         chosen = assign_greedily(iou[eligible], ranking_score(scores, quality))  # (T,)
         confidence = mask_confidence(scores, quality, self.confidence)  # (E,)
 

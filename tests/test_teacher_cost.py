@@ -1,0 +1,114 @@
+"""What makes the teacher cheaper: another type, a pause between questions, the grid instead of the image."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from boxteacher import BoxTeacher, Candidates, InputError
+from boxteacher.scoring import mask_confidence, mask_quality
+from boxteacher_adapters.parts.resampling import upsample_aligned
+from tests.support import ScriptedSegmenter, filled, script, seeded_images, target
+
+IMAGES = seeded_images((48, 64))
+BOX = (8, 8, 40, 40)
+
+
+def teacher_of(student: nn.Module, **settings: object) -> BoxTeacher:
+    torch.manual_seed(0)
+    settings = {"augmentation": nn.Identity(), "warmup_steps": 0, **settings}
+    return BoxTeacher(student, **settings).train()
+
+
+def blob() -> Tensor:
+    """Logits (1, 12, 16) of a mask with a soft edge."""
+    return filled((3, 3, 9, 9), 12, 16).float()[None] * 4 - torch.linspace(0.5, 3, 16)
+
+
+def proposing() -> ScriptedSegmenter:
+    return ScriptedSegmenter(script((0, BOX, 0.8), logits=blob()))
+
+
+def test_quality_is_measured_at_the_stride_that_was_asked_for():
+    for stride in (1, 2, 4):
+        model = teacher_of(proposing(), quality_stride=stride)
+        model(IMAGES, [target(BOX)])
+        pixels = upsample_aligned(blob().sigmoid()[None], 4 // stride)[0]
+        expected = mask_confidence(torch.tensor([0.8]), mask_quality(pixels))
+        assert_close(model.last_pseudo_masks.confidence, expected)
+
+
+def test_quality_is_measured_on_the_grid_by_default():
+    assert teacher_of(proposing()).quality_stride == ScriptedSegmenter.mask_stride
+
+
+def test_a_quality_stride_that_does_not_divide_the_mask_stride_is_refused():
+    with pytest.raises(InputError, match="quality_stride is 3: take one of 1, 2, 4"):
+        teacher_of(proposing(), quality_stride=3)
+
+
+class Typed(ScriptedSegmenter):
+    """Notes in what type its convolution answers."""
+
+    def forward_teacher(self, images: list[Tensor]) -> Candidates:
+        self.dtype = self.maps(images).dtype
+        return super().forward_teacher(images)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_the_teacher_alone_computes_in_its_own_type(dtype, expected):
+    model = teacher_of(Typed(script((0, BOX, 0.8))), teacher_dtype=dtype)
+    losses = model(IMAGES, [target(BOX)])
+    assert model.teacher.dtype == expected
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.student.parameters() if p.grad is not None)
+
+
+def test_a_bfloat16_teacher_says_nearly_the_same():
+    def confidence(dtype: torch.dtype | None) -> Tensor:
+        model = teacher_of(ScriptedSegmenter(script((0, BOX, 0.8))), teacher_dtype=dtype)
+        nn.init.constant_(model.teacher.logit.bias, 0.5)
+        model(IMAGES, [target(BOX)])
+        return model.last_pseudo_masks.confidence
+
+    exact = confidence(None)
+    assert exact > 0.5
+    # bfloat16 keeps 8 bits: each of three layers may be off by 2⁻⁸, and σ halves it.
+    assert_close(confidence(torch.bfloat16), exact, rtol=0, atol=3 * 2**-8)
+
+
+def test_between_two_questions_boxes_and_drawn_masks_teach():
+    student = proposing()
+    model = teacher_of(student, teacher_interval=3)
+    optimizer = torch.optim.SGD(model.student.parameters(), lr=1e-3)
+    asked = []
+    for _ in range(7):
+        calls = len(model.teacher.teacher_calls)
+        losses = model(IMAGES, [target(BOX)])
+        losses = model(IMAGES, [target(BOX)])  # a second batch of the same step is treated alike
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        asked.append(len(model.teacher.teacher_calls) - calls)
+        assert (losses["loss_pixel"] > 0) == (asked[-1] > 0)
+        assert losses["loss_projection"] > 0
+    assert asked == [2, 0, 0, 2, 0, 0, 2]
+
+
+def test_a_drawn_mask_teaches_in_every_step():
+    model = teacher_of(proposing(), teacher_interval=1000)
+    optimizer = torch.optim.SGD(model.student.parameters(), lr=1e-3)
+    drawn = filled(BOX, 48, 64)[None]
+    for _ in range(2):
+        losses = model(IMAGES, [target(BOX, masks=drawn)])
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    assert losses["loss_pixel"] > 0
+    assert model.last_pseudo_masks.confidence.tolist() == [1.0]
+
+
+def test_a_teacher_is_asked_at_least_once():
+    with pytest.raises(InputError, match="teacher_interval is 0"):
+        teacher_of(proposing(), teacher_interval=0)
