@@ -15,14 +15,17 @@ class StrongAugmentation(nn.Module):
 
     Colour jitter (brightness, contrast, saturation 0.4, hue 0.1) with probability 0.8, greyscale with 0.2,
     Gaussian blur (sigma 0.1 to 2 pixels) with 0.5, as in BoxTeacher, Sec. 4.1.
+
+    Args:
+        blur: probability of the blur, in [0, 1].
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, blur: float = 0.5) -> None:
         super().__init__()
         self.color = v2.Compose(
             [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(p=0.2)]
         )
-        self.blur = v2.RandomApply([v2.GaussianBlur(_BLUR_KERNEL, sigma=(0.1, 2.0))], p=0.5)
+        self.blur = v2.RandomApply([v2.GaussianBlur(_BLUR_KERNEL, sigma=(0.1, 2.0))], p=blur)
 
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Images (3, H_i, W_i), RGB in [0, 1], to as many of the same sizes and range."""

@@ -1,13 +1,13 @@
-"""The command line: `boxteacher train | evaluate | predict | demo`."""
+"""The command line: `boxteacher train | recipes | evaluate | predict | convert | export | demo`."""
 
 import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from boxteacher import __version__
 from boxteacher.errors import InputError
@@ -40,11 +40,29 @@ def _last_line(error: InputError) -> str:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from boxteacher.engine.train import TrainSettings, train
+    from boxteacher.engine.recipes import find_recipe
+    from boxteacher.engine.settings import TrainSettings
+    from boxteacher.engine.train import train
 
-    given = {field.name: getattr(arguments, field.name) for field in fields(TrainSettings)}
-    settings = TrainSettings(**{name: value for name, value in given.items() if value is not None})
-    print(train(settings))
+    values: dict[str, Any] = {}
+    if arguments.recipe is not None:
+        values = {**find_recipe(arguments.recipe).settings, "output": Path("runs") / arguments.recipe}
+    for field in fields(TrainSettings):
+        given = getattr(arguments, field.name)
+        if given is not None:
+            values[field.name] = tuple(given) if isinstance(given, list) else given
+    missing = [f"--{name}" for name in ("model", "output") if name not in values]
+    if missing:
+        raise InputError(f"{' and '.join(missing)} must be given: add that, or a --recipe, which has both")
+    print(train(TrainSettings(**values)))
+
+
+def _recipes(arguments: argparse.Namespace) -> None:
+    from boxteacher.engine.recipes import find_recipe, recipe_names
+
+    names = recipe_names()
+    for name in names:
+        print(f"{name:{max(map(len, names))}}  {find_recipe(name).summary}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -71,6 +89,19 @@ def _predict(arguments: argparse.Namespace) -> None:
     )
 
 
+def _convert(arguments: argparse.Namespace) -> None:
+    from boxteacher.engine.convert import convert
+
+    print(convert(arguments.source, arguments.destination))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from boxteacher.engine.export import export
+
+    size = None if arguments.image_size is None else tuple(arguments.image_size)
+    print(export(arguments.checkpoint, arguments.output, image_size=size, image=arguments.image))
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     from boxteacher.engine.demo import run_demo
 
@@ -87,8 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands.add_parser("train", help="train a segmenter on a folder of images and boxes"))
+    commands.add_parser("recipes", help="list what `train --recipe` knows").set_defaults(command=_recipes)
     _add_evaluate(commands.add_parser("evaluate", help="COCO's average precision on the validation split"))
     _add_predict(commands.add_parser("predict", help="draw masks on images"))
+    _add_convert(commands.add_parser("convert", help="released weights to a checkpoint of this library"))
+    _add_export(commands.add_parser("export", help="state dict, torch.export program or ONNX of a segmenter"))
     _add_demo(commands.add_parser("demo", help="a data set of its own, boxes alone, masks in minutes"))
     return parser
 
@@ -96,19 +130,16 @@ def _parser() -> argparse.ArgumentParser:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_train)
     add = parser.add_argument
-    add("--model", required=True, help="condinst, solov2, mask2former, mask_rcnn, or another package's")
-    add("--backbone", default="resnet50", help="resnet18 … resnet152, efficientnet_lite0, or a timm network")
+    add("--recipe", help="settings of a whole run, which other options change (see `boxteacher recipes`)")
+    add("--model", help="condinst, solov2, mask2former, mask_rcnn, or another package's")
+    add("--backbone", help="resnet50 (default), swin_t, resnet50_caffe, efficientnet_lite0, … (see README)")
     add("--data", type=Path, required=True, help="folder with annotations/ and the images (COCO format)")
-    add("--output", type=Path, required=True, help="folder of this run; must not hold another run")
+    add("--output", type=Path, help="folder of this run, without another (default of a recipe: runs/RECIPE)")
     add(
         "--supervision",
         choices=("teacher", "box", "mask"),
         help="teacher (default): boxes, colours and pseudo masks; box: boxes and colours; mask: drawn masks",
     )
-    add("--steps", type=_positive, help="optimizer steps (default 5000)")
-    add("--batch-size", type=_positive, help="images per step (default 4)")
-    add("--image-size", type=_positive, help="longest side in pixels (default 512)")
-    add("--lr", type=float, help="highest learning rate of AdamW (default 3e-4)")
     add(
         "--weights",
         type=_weights,
@@ -120,6 +151,55 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--warmup-steps", type=_count, help="of the colour-pairwise loss (default: a fifth of the run)")
     add("--pseudo-warmup-steps", type=_count, help="of the losses from pseudo masks (default: the whole run)")
     add("--momentum", type=float, help="of the teacher (default: a memory of a tenth of the run)")
+    add(
+        "--teacher-size",
+        type=_positive,
+        nargs="*",
+        metavar="PIXELS",
+        help="shortest and greatest longest side of the teacher's images (default: the student's images)",
+    )
+    add(
+        "--quality-at",
+        choices=("grid", "image"),
+        help="where a pseudo mask's quality is measured: on the mask grid (default) or at the image's pixels",
+    )
+    _add_images(parser.add_argument_group("images").add_argument)
+    _add_optimization(parser.add_argument_group("optimization").add_argument)
+
+
+def _add_images(add: Callable[..., Any]) -> None:
+    add("--batch-size", type=_positive, help="images per step (default 4)")
+    add("--image-size", type=_positive, help="longest side in pixels (default 512)")
+    add(
+        "--shortest-side",
+        type=_positive,
+        nargs="*",
+        metavar="PIXELS",
+        help="draw the shortest side from these, the longest being at most --image-size (default: off)",
+    )
+    add(
+        "--augmentation",
+        choices=("none", "strong", "stronger"),
+        help="of the student's view under the teacher: none; colours; colours and blur (default stronger)",
+    )
+    add("--mask-samples", type=_positive, help="masks per image in training (default: the segmenter's own)")
+
+
+def _add_optimization(add: Callable[..., Any]) -> None:
+    add("--steps", type=_positive, help="optimizer steps (default 5000)")
+    add("--optimizer", choices=("adamw", "sgd"), help="adamw (default), or sgd with momentum 0.9")
+    add("--lr", type=float, help="highest learning rate (default 3e-4)")
+    add("--backbone-lr-factor", type=float, help="of the backbone's learning rate (default 1)")
+    add("--lr-warmup-steps", type=_count, help="of the learning rate (default: a twentieth, at most 500)")
+    add(
+        "--lr-steps",
+        type=_positive,
+        nargs="*",
+        metavar="STEP",
+        help="the learning rate falls to a tenth after each; without any, in a cosine (default)",
+    )
+    add("--weight-decay", type=float, help="of all but norms and biases (default 0.05)")
+    add("--gradient-clip", type=float, help="greatest norm of the gradient, 0 for any (default 10)")
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -137,6 +217,30 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for pictures and results.json")
     parser.add_argument("--score-threshold", type=float, default=0.6, help="least score shown (default 0.6)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, …")
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_convert)
+    parser.add_argument("source", type=Path, metavar="IN", help="released weights, .pth or .pkl")
+    parser.add_argument("destination", type=Path, metavar="OUT", help="file to write; must not exist")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_export)
+    parser.add_argument("checkpoint", type=Path, help="RUN/last.pt")
+    parser.add_argument(
+        "output",
+        type=Path,
+        help="file to write, which must not exist: .pt (plain state dict), .pt2 (torch.export) or .onnx",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=_positive,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="that .pt2 and .onnx take images of (default: the longest side of training, twice)",
+    )
+    parser.add_argument("--image", type=Path, help="to check the file with (default: random pixels)")
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:

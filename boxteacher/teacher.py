@@ -20,6 +20,7 @@ from boxteacher.protocol import Candidates, MaskPredictions
 from boxteacher.scoring import ConfidenceFormula, mask_confidence, mask_quality, ranking_score
 from boxteacher.supervision import BoxSupervised
 from boxteacher.targets import GridTargets
+from boxteacher.teacher_view import TeacherView
 from boxteacher.validation import check_choice, check_mask_logits, check_range
 
 
@@ -61,8 +62,10 @@ class BoxTeacher(BoxSupervised):
         score_threshold: candidates must score above it, in [0, 1].
         mask_threshold: a cell belongs to a pseudo mask above this probability, in [0, 1].
         confidence: formula of the mask-aware confidence, "released" or "paper" (see `mask_confidence`).
-        quality_stride: pixels of the image per pixel at which a mask's quality is measured: the provider's
-            `mask_stride` if not given, 1 as in the released code, which costs more and changes little.
+        quality_at: where a mask's quality is measured: on the mask "grid", or at all pixels of the "image" as
+            in the released code, which costs far more and changes little.
+        teacher_size: shortest and greatest longest side in pixels to which the teacher's images are resized,
+            as in the released code; it sees them as they are if not given.
         teacher_dtype: what the teacher computes in, by autocast, such as `torch.bfloat16`; as the rest of the
             step if not given.
         teacher_interval: optimizer steps from one question to the teacher to the next; in between, masks
@@ -92,7 +95,8 @@ class BoxTeacher(BoxSupervised):
         score_threshold: float = 0.0,
         mask_threshold: float = 0.5,
         confidence: ConfidenceFormula = "released",
-        quality_stride: int | None = None,
+        quality_at: Literal["grid", "image"] = "grid",
+        teacher_size: tuple[int, int] | None = None,
         teacher_dtype: torch.dtype | None = None,
         teacher_interval: int = 1,
         pixel_weight: float = 0.5,
@@ -122,10 +126,9 @@ class BoxTeacher(BoxSupervised):
         check_range("affinity_weight", affinity_weight, least=0)
         check_range("pseudo_warmup_steps", pseudo_warmup_steps or 0, least=0)
         check_range("teacher_interval", teacher_interval, least=1)
-        mask_stride = self._provider.mask_stride
-        if quality_stride is not None:
-            dividers = tuple(n for n in range(1, mask_stride + 1) if mask_stride % n == 0)
-            check_choice("quality_stride", quality_stride, dividers)
+        check_choice("quality_at", quality_at, ("grid", "image"))
+        for pixels in teacher_size or ():
+            check_range("teacher_size", pixels, least=1)
         check_choice("confidence", confidence, ("released", "paper"))
         check_choice("inference", inference, ("teacher", "student"))
         self.momentum = momentum
@@ -133,7 +136,8 @@ class BoxTeacher(BoxSupervised):
         self.score_threshold = score_threshold
         self.mask_threshold = mask_threshold
         self.confidence: ConfidenceFormula = confidence
-        self.quality_stride = mask_stride if quality_stride is None else quality_stride
+        self.quality_at: Literal["grid", "image"] = quality_at
+        self.teacher_size = teacher_size
         self.teacher_dtype = teacher_dtype
         self.teacher_interval = teacher_interval
         self.pixel_weight = pixel_weight
@@ -173,26 +177,23 @@ class BoxTeacher(BoxSupervised):
     def _prepare(self, images: list[Tensor], grid: GridTargets) -> Any:
         if self._counter.steps % self.teacher_interval == 0:
             with torch.no_grad(), autocast_to(self.teacher_dtype, images[0].device):
-                candidates = self.teacher.forward_teacher(images)  # type: ignore[operator]
-                self.last_pseudo_masks = self._pseudo_masks(candidates, grid)
+                view = TeacherView(images, self.teacher_size)
+                candidates = self.teacher.forward_teacher(view.images)  # type: ignore[operator]
+                self.last_pseudo_masks = self._pseudo_masks(candidates, view, grid)
         else:
             self.last_pseudo_masks = PseudoMasks(grid.masks, grid.has_mask.float())
         return self._color_similarity(images, grid), self.last_pseudo_masks
 
-    def _pseudo_masks(self, candidates: Candidates, grid: GridTargets) -> PseudoMasks:
+    def _pseudo_masks(self, candidates: Candidates, view: TeacherView, grid: GridTargets) -> PseudoMasks:
+        boxes = view.boxes_of_images(candidates.boxes, candidates.image_index)  # (K, 4)
         iou = match_quality(
-            candidates.boxes, candidates.image_index, grid.boxes, grid.image_index, self.iou_threshold
+            boxes, candidates.image_index, grid.boxes, grid.image_index, self.iou_threshold
         )  # (K, T)
         iou = torch.where(candidates.scores[:, None] > self.score_threshold, iou, 0.0)
         # Masks are decoded for these alone, so their number must be known, and the device waited for.
         eligible = (iou > 0).any(1).nonzero()[:, 0]  # (E,)
         scores = candidates.scores[eligible].float()  # (E,)
-        inside = grid.inside[candidates.image_index[eligible]]  # (E, h, w)
-        logits = candidates.decode_masks(eligible)  # (E, h, w)
-        check_mask_logits(self.teacher, "decode_masks", logits, tuple(inside.shape))
-        probabilities = logits.float().sigmoid() * inside  # (E, h, w)
-        enlargement = self._provider.mask_stride // self.quality_stride
-        quality = mask_quality(probabilities, self.mask_threshold, enlargement)  # (E,)
+        probabilities, quality = self._decode(candidates, eligible, view, grid)  # (E, h, w), (E,)
         chosen = assign_greedily(iou[eligible], ranking_score(scores, quality))  # (T,)
         confidence = mask_confidence(scores, quality, self.confidence)  # (E,)
 
@@ -204,6 +205,26 @@ class BoxTeacher(BoxSupervised):
             masks=torch.where(grid.has_mask[:, None, None], grid.masks, masks),
             confidence=torch.where(grid.has_mask, 1.0, confidence),
         )
+
+    def _decode(
+        self, candidates: Candidates, eligible: Tensor, view: TeacherView, grid: GridTargets
+    ) -> tuple[Tensor, Tensor]:
+        """Mask probabilities (E, h, w) on the grid, 0 outside the image, and mask quality (E,)."""
+        provider = self._provider
+        logits = candidates.decode_masks(eligible)  # (E, h, w) on the grid of the teacher's view
+        expected = view.grid_size(provider.mask_stride, provider.size_divisor)
+        check_mask_logits(self.teacher, "decode_masks", logits, (len(eligible), *expected))
+        probabilities = logits.float().sigmoid()
+        image_index = candidates.image_index[eligible]  # (E,)
+        if self.quality_at == "grid" and self.teacher_size is None:
+            probabilities = probabilities * grid.inside[image_index]
+            return probabilities, mask_quality(probabilities, self.mask_threshold)
+        stride = provider.mask_stride
+        height, width = (stride * cells for cells in grid.inside.shape[1:])
+        pixels = view.masks_of_images(probabilities, image_index, stride, height, width)  # (E, H, W)
+        probabilities = pixels[:, stride // 2 :: stride, stride // 2 :: stride]
+        measured = probabilities if self.quality_at == "grid" else pixels
+        return probabilities, mask_quality(measured, self.mask_threshold)
 
     def _mask_losses(
         self, predictions: MaskPredictions, grid: GridTargets, lessons: Any

@@ -19,7 +19,7 @@ from boxteacher.engine.evaluate import evaluate_segmenter
 from boxteacher.geometry import grid_coordinates, pad_images
 from boxteacher.validation import check_labels
 from boxteacher_adapters.parts.backbones import build_backbone
-from boxteacher_adapters.parts.resampling import upsample_aligned
+from boxteacher.resampling import upsample_aligned
 
 
 class PrototypeSegmenter(nn.Module):

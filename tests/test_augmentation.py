@@ -30,6 +30,25 @@ def test_images_are_changed_each_in_its_own_way_and_where_they_are() -> None:
         assert (inner - outer).abs().max() > 0.1  # the square is where it was
 
 
+def test_without_blur_every_pixel_is_changed_by_its_own_colour_alone() -> None:
+    """A permutation of the pixels, which keeps the image's means, goes through the colours unharmed."""
+    image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(1))
+
+    def permuted(view: torch.Tensor) -> torch.Tensor:
+        return view.flatten(1)[:, order].unflatten(1, (16, 16))
+
+    for blur in (0.0, 1.0):
+        augment = StrongAugmentation(blur=blur)
+        torch.manual_seed(0)
+        views = augment([image] * 20)
+        torch.manual_seed(0)
+        others = augment([permuted(image)] * 20)
+        # Contrast moves colours towards the mean, whose sum is then rounded in another order.
+        same = [torch.allclose(permuted(a), b, atol=1e-5) for a, b in zip(views, others, strict=True)]
+        assert all(same) if blur == 0 else sum(same) < 5  # a blur of 0.1 to 0.25 pixels is hardly one
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_does_not_round_pixels(dtype: torch.dtype) -> None:
     images = [torch.rand(3, 16, 16) for _ in range(8)]

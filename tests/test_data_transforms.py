@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from boxteacher.data import evaluation_transform, training_transform
-from boxteacher.data.transforms import ResizeLongestSide
+from boxteacher.data.transforms import ResizeLongestSide, ResizeShortestSide, least_longest_side
 
 
 def scene(height: int, width: int, box: tuple[int, int, int, int]) -> tuple[Tensor, dict[str, Any]]:
@@ -90,6 +90,55 @@ def test_training_sizes_and_flips_vary_with_torch_seed_alone() -> None:
     assert 10 < sum(flipped for _, flipped in first) < 50
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    height=st.integers(20, 100),
+    width=st.integers(20, 100),
+    shortest=st.integers(5, 150),
+    longest=st.integers(8, 150),
+)
+def test_the_shortest_side_is_torchvision_s_up_to_rounding(height, width, shortest, longest) -> None:
+    image, target = scene(height, width, (0, 0, width, height))
+    ours, moved = ResizeShortestSide([shortest], longest)(image, target)
+    theirs = v2.RandomShortestSize([shortest], max_size=longest)(image)
+    assert ours.shape[0] == 3
+    # torchvision rounds down, and so fails for thinner images than these.
+    for mine, other in zip(ours.shape[1:], theirs.shape[1:], strict=True):
+        assert other <= mine <= other + 1
+    assert max(ours.shape[1:]) <= longest
+    assert_close(moved["boxes"].as_subclass(Tensor), torch.tensor([[0.0, 0, ours.shape[2], ours.shape[1]]]))
+    assert moved["masks"].shape == (1, *ours.shape[1:])
+
+
+def test_sizes_of_a_schedule_are_drawn_evenly_and_the_longest_side_is_kept_short() -> None:
+    torch.manual_seed(0)
+    transform = training_transform(60, (20, 30, 50))
+    landscape = [transform(*scene(40, 80, (0, 0, 9, 9)))[0].shape[1:] for _ in range(300)]
+    counts = {size: landscape.count(size) for size in set(landscape)}
+    # 50 would make the longest side 100, more than 60, and so the image is that of 30.
+    assert set(counts) == {(20, 40), (30, 60)}
+    assert 65 <= counts[20, 40] <= 135  # 100 ± 4 standard deviations
+    assert training_transform(60, (20,))(*scene(80, 40, (0, 0, 9, 9)))[0].shape == (3, 40, 20)
+
+
+def test_evaluation_at_a_shortest_side_is_fixed() -> None:
+    transform = evaluation_transform(1333, 800)
+    sizes = {(480, 640): (800, 1067), (640, 480): (1067, 800), (427, 640): (800, 1199)}
+    sizes |= {(240, 640): (500, 1333), (800, 800): (800, 800)}  # COCO's rule: at most 1333
+    for (height, width), size in sizes.items():
+        assert transform(*scene(height, width, (0, 0, 9, 9)))[0].shape == (3, *size)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "shortest_side"), [(41, ()), (1, ()), (100, (48, 40)), (32, (64,)), (48, (48,))]
+)
+def test_the_least_longest_side_is_that_of_a_square_image(image_size, shortest_side) -> None:
+    transform = training_transform(image_size, shortest_side)
+    torch.manual_seed(0)
+    drawn = {transform(*scene(70, 70, (0, 0, 9, 9)))[0].shape[2] for _ in range(150)}
+    assert min(drawn) == least_longest_side(image_size, shortest_side)
+
+
 def test_no_instances_and_a_thin_image() -> None:
     image = tv_tensors.Image(torch.rand(3, 1, 300))
     target = {
@@ -106,3 +155,9 @@ def test_no_instances_and_a_thin_image() -> None:
 def test_impossible_range(low: int, high: int) -> None:
     with pytest.raises(ValueError, match=f"low={low}, high={high}"):
         ResizeLongestSide(low, high)
+
+
+@pytest.mark.parametrize(("sizes", "longest"), [((), 10), ((640, 0), 1333), ((640,), 0)])
+def test_impossible_sizes(sizes: tuple[int, ...], longest: int) -> None:
+    with pytest.raises(ValueError, match=f"longest={longest}"):
+        ResizeShortestSide(sizes, longest)

@@ -166,3 +166,11 @@ def test_labels_out_of_range(small: MaskRCNNProvider) -> None:
 def test_training_without_supervision_says_so(small: MaskRCNNProvider) -> None:
     with pytest.raises(InputError, match="wrap it"):
         small.train()(IMAGES)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50_caffe"])
+def test_the_backbone_gets_images_as_its_weights_want_them(backbone):
+    model = build_mask_rcnn(2, backbone=backbone, weights="none", image_size=128).model
+    image = torch.rand(3, 64, 96)
+    batch, _ = model.transform([image])
+    assert_close(batch.tensors[0], model.backbone.body.normalize(image))

@@ -1,4 +1,4 @@
-"""What segmenters share: enlarging maps, and ranks in groups."""
+"""What segmenters share: enlarging maps, ranks in groups, and fair shares."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from boxteacher_adapters.parts.grouping import rank_in_group
-from boxteacher_adapters.parts.resampling import upsample_aligned
+from boxteacher.resampling import upsample_aligned
+from boxteacher_adapters.parts.grouping import rank_in_group, share_evenly
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3, 4, 8])
@@ -38,3 +38,26 @@ def test_rank_in_group_counts_the_better_ones_of_the_group(rows):
         better = [j for j, (h, t) in enumerate(rows) if h == g and (t > s or (t == s and j < i))]
         assert rank_in_group(group, score)[i] == len(better)
     assert len(rank_in_group(group, score)) == len(rows)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, 3), st.sampled_from([0.1, 0.5, 0.5, 0.9])), max_size=20
+    ),
+    st.integers(1, 12),
+)
+def test_targets_of_a_crowded_image_share_evenly_and_the_best_stay(rows, most):
+    image = torch.tensor([row[0] for row in rows], dtype=torch.int64)
+    target = torch.tensor([10 * row[0] + row[1] for row in rows], dtype=torch.int64)
+    score = torch.tensor([row[2] for row in rows])
+    kept = share_evenly(image, target, score, 4, most)
+    expected = []
+    for b in range(4):
+        mine = [i for i, row in enumerate(rows) if row[0] == b]
+        targets = {rows[i][1] for i in mine}
+        share = len(mine) if len(mine) <= most else max(1, most // len(targets))
+        for n in targets:
+            of_target = sorted((i for i in mine if rows[i][1] == n), key=lambda i: -rows[i][2])
+            expected += of_target[:share]
+    assert kept.tolist() == sorted(expected)

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from boxteacher.scoring import mask_confidence, mask_quality, ranking_score, smooth_masks
-from boxteacher_adapters.parts.resampling import upsample_aligned
 
 
 @settings(max_examples=60, deadline=None)
@@ -23,15 +22,6 @@ def test_a_mask_without_pixels_has_no_quality():
     masks = torch.stack([torch.zeros(3, 4), torch.full((3, 4), 0.5)])
     assert mask_quality(masks).tolist() == [0, 0]
     assert mask_quality(torch.zeros(0, 3, 4)).shape == (0,)
-
-
-@pytest.mark.parametrize("enlargement", [2, 3, 4])
-@pytest.mark.parametrize("size", [(1, 1), (5, 8), (13, 4)])
-def test_quality_of_an_enlarged_mask_is_that_of_all_its_pixels(enlargement, size):
-    torch.manual_seed(0)
-    masks = torch.rand(6, *size, dtype=torch.float64)
-    pixels = upsample_aligned(masks[:, None], enlargement)[:, 0]
-    assert_close(mask_quality(masks, enlargement=enlargement), mask_quality(pixels))
 
 
 def test_quality_does_not_see_padding():

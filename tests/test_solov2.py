@@ -10,18 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
-from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import box_iou
 
 from boxteacher import BoxSupervised, BoxTeacher, InputError, MaskSupervised, PseudoMaskProvider
 from boxteacher.geometry import grid_coordinates
 from boxteacher.targets import box_masks
-from boxteacher_adapters.parts.backbones import Backbone, build_backbone
+from boxteacher_adapters.parts.backbones import build_backbone
 from boxteacher_adapters.parts.coordinates import append_coordinates, centers_to_grid
 from boxteacher_adapters.solov2 import SIZE_RANGES, SOLOv2, build_solov2
 from boxteacher_adapters.solov2_masks import by_cell, draw_masks, matrix_nms
@@ -112,26 +110,13 @@ def stand_in(name: str, shape: torch.Size) -> Tensor:
 
 @pytest.fixture(scope="module")
 def original() -> SOLOv2:
-    """The original's network: a ResNet whose stages shrink in their first convolution, and its settings."""
-    network = torchvision.models.resnet50(weights=None)
-    for stage in (network.layer2, network.layer3, network.layer4):
-        stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
-    stages = {f"layer{i}": f"layer{i}" for i in range(1, 5)}
-    body = Backbone(
-        IntermediateLayerGetter(network, stages),
-        (256, 512, 1024, 2048),
-        tuple(mean / 255 for mean in (123.675, 116.28, 103.53)),
-        (1 / 255,) * 3,
-        frozen_norms=True,
-    )
+    """The original's network and its settings."""
+    body = build_backbone("resnet50_caffe", "none", (4, 8, 16, 32)).freeze()
     model = SOLOv2(body, 80, max_samples=1000)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name not in ("backbone.mean", "backbone.std") and not name.endswith("num_batches_tracked"):
                 tensor.copy_(stand_in(name, tensor.shape))
-        # Its images are BGR.
-        first = model.backbone.network["conv1"].weight
-        first.copy_(first.flip(1))
     return model.eval()
 
 

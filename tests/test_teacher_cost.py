@@ -1,4 +1,4 @@
-"""What makes the teacher cheaper: another type, a pause between questions, the grid instead of the image."""
+"""What makes the teacher cheaper: another type, and a pause between questions."""
 
 import pytest
 import torch
@@ -6,8 +6,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from boxteacher import BoxTeacher, Candidates, InputError
-from boxteacher.scoring import mask_confidence, mask_quality
-from boxteacher_adapters.parts.resampling import upsample_aligned
 from tests.support import ScriptedSegmenter, filled, script, seeded_images, target
 
 IMAGES = seeded_images((48, 64))
@@ -27,24 +25,6 @@ def blob() -> Tensor:
 
 def proposing() -> ScriptedSegmenter:
     return ScriptedSegmenter(script((0, BOX, 0.8), logits=blob()))
-
-
-def test_quality_is_measured_at_the_stride_that_was_asked_for():
-    for stride in (1, 2, 4):
-        model = teacher_of(proposing(), quality_stride=stride)
-        model(IMAGES, [target(BOX)])
-        pixels = upsample_aligned(blob().sigmoid()[None], 4 // stride)[0]
-        expected = mask_confidence(torch.tensor([0.8]), mask_quality(pixels))
-        assert_close(model.last_pseudo_masks.confidence, expected)
-
-
-def test_quality_is_measured_on_the_grid_by_default():
-    assert teacher_of(proposing()).quality_stride == ScriptedSegmenter.mask_stride
-
-
-def test_a_quality_stride_that_does_not_divide_the_mask_stride_is_refused():
-    with pytest.raises(InputError, match="quality_stride is 3: take one of 1, 2, 4"):
-        teacher_of(proposing(), quality_stride=3)
 
 
 class Typed(ScriptedSegmenter):

@@ -12,7 +12,8 @@ from boxteacher import BoxTeacher, InputError
 from boxteacher.cli import main
 from boxteacher.engine.checkpoint import SegmenterInfo, load_checkpoint
 from boxteacher.engine.segmenters import build_segmenter, segmenter_names
-from boxteacher.engine.train import TrainSettings, supervise
+from boxteacher.engine.settings import TrainSettings
+from boxteacher.engine.train import supervise
 from boxteacher.supervision import BoxSupervised, MaskSupervised
 from tests.engine_support import (
     edited,
@@ -21,6 +22,10 @@ from tests.engine_support import (
     train_arguments,
     without_masks,
 )
+
+SEGMENTER = build_segmenter("condinst", 2, backbone="resnet18", weights="none", image_size=64)
+HALVES = torch.tensor([0.2, 0.5, 0.9]).view(3, 1, 1).repeat(1, 16, 16)
+HALVES[..., 8:] = torch.tensor([0.6, 0.3, 0.1]).view(3, 1, 1)
 
 
 def test_a_run_leaves_a_checkpoint_its_settings_and_a_line_per_step(run, shapes):
@@ -89,7 +94,7 @@ def test_mask_supervision_reads_masks(shapes, tmp_path, capsys):
 def test_the_settings_scale_with_the_length_of_a_run():
     def model_of(steps: int, supervision: str = "teacher", **more: Any) -> Any:
         made = TrainSettings(
-            "condinst", "resnet18", Path(), Path(), supervision=supervision, steps=steps, **more
+            "condinst", Path(), Path(), "resnet18", supervision=supervision, steps=steps, **more
         )
         segmenter = build_segmenter("condinst", 2, backbone="resnet18", weights="none", image_size=64)
         return supervise(segmenter, made)
@@ -103,6 +108,79 @@ def test_the_settings_scale_with_the_length_of_a_run():
     assert type(model_of(500, "box")) is BoxSupervised
     assert model_of(500, "box").warmup_steps == 100
     assert type(model_of(500, "mask")) is MaskSupervised
+
+
+@pytest.mark.parametrize("name", ["condinst", "solov2", "mask_rcnn"])
+def test_the_number_of_mask_samples_reaches_those_that_sample(name):
+    def built(**more: Any) -> Any:
+        return build_segmenter(name, 2, backbone="resnet18", weights="none", image_size=64, **more)
+
+    assert built(mask_samples=3).max_samples == 3
+    assert built().max_samples == built(mask_samples=None).max_samples > 3
+
+
+def test_mask_samples_for_a_segmenter_that_takes_every_mask_are_refused(shapes, tmp_path, capsys):
+    arguments = [*train_arguments(shapes, tmp_path / "run"), "--model", "mask2former", "--mask-samples", "8"]
+    message = error_of(arguments, capsys)
+    assert all(part in message for part in ("mask_samples is 8", "mask2former", "leave it out"))
+
+
+def test_the_student_s_view_is_the_one_that_was_asked_for():
+    def views(augmentation: Any) -> list[torch.Tensor]:
+        made = TrainSettings("condinst", Path(), Path(), augmentation=augmentation)
+        torch.manual_seed(0)
+        return supervise(SEGMENTER, made).augmentation([HALVES] * 40)
+
+    def blurred(view: torch.Tensor) -> bool:
+        """Colours alone leave both halves flat; a blur smears the edge between them."""
+        return any(float(half.flatten(1).std(1).max()) > 1e-4 for half in view.split(8, 2))
+
+    assert all(torch.equal(view, HALVES) for view in views("none"))
+    assert not any(map(blurred, views("strong")))
+    assert len({float(view[0, 0, 0]) for view in views("strong")}) > 20
+    assert 10 <= sum(map(blurred, views("stronger"))) <= 30  # 20 ± 3 standard deviations
+
+
+def weights_before_training() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    segmenter = build_segmenter("condinst", 4, backbone="resnet18", weights="none", image_size=64)
+    return {name: parameter.detach().clone() for name, parameter in segmenter.named_parameters()}
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-2])
+def test_one_step_of_sgd_goes_as_far_as_its_clipped_gradient(shapes, tmp_path, clip):
+    more = "--supervision box --steps 1 --optimizer sgd --lr 0.1 --lr-warmup-steps 0 --weight-decay 0"
+    arguments = [*train_arguments(shapes, tmp_path), *more.split(), "--gradient-clip", str(clip)]
+    assert main(arguments) == 0
+    (line,) = log_of(tmp_path)
+    assert line["gradient_norm"] > 0.1
+    after = torch.load(tmp_path / "last.pt", weights_only=True)["weights"]
+    before = weights_before_training()
+    moved = sum(float((after[name] - before[name]).double().square().sum()) for name in before)
+    # float32 weights of about 1 round each step of 1e-5 and less to about 1 %, independently
+    expected = 0.1 * (clip or line["gradient_norm"])
+    assert math.sqrt(moved) == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("image", "refused"),
+    [
+        (["--image-size", "41"], True),
+        (["--image-size", "42"], False),
+        (["--shortest-side", "40", "32"], True),
+        (["--shortest-side", "33"], False),
+    ],
+)
+def test_one_image_of_one_cell_is_refused_before_a_batch_norm_fails(shapes, tmp_path, capsys, image, refused):
+    """Training draws the longest side from 0.8 of --image-size: 32 of 41, and 33 of 42."""
+    arguments = [*train_arguments(shapes, tmp_path), "--steps", "1", "--batch-size", "1", *image]
+    if not refused:
+        assert main(arguments) == 0
+        return
+    message = error_of(arguments, capsys)
+    assert all(part in message for part in ("batch_size is 1", "32 pixels", "--batch-size 2"))
+    assert not (tmp_path / "log.jsonl").exists()
+    assert main([*arguments, "--batch-size", "2"]) == 0
 
 
 def test_a_registered_segmenter_is_found_by_its_name():

@@ -14,6 +14,7 @@ from boxteacher.errors import InputError
 from boxteacher.geometry import grid_coordinates, pad_images
 from boxteacher.precision import full_precision
 from boxteacher.protocol import Candidates, Detections, MaskPredictions, StudentOutput, Target
+from boxteacher.resampling import upsample_aligned
 from boxteacher.scoring import mask_quality, ranking_score
 from boxteacher.validation import check_labels
 from boxteacher_adapters.fcos import (
@@ -28,8 +29,7 @@ from boxteacher_adapters.fcos import (
     select_detections,
 )
 from boxteacher_adapters.parts.backbones import Backbone, Weights, build_backbone
-from boxteacher_adapters.parts.grouping import rank_in_group
-from boxteacher_adapters.parts.resampling import upsample_aligned
+from boxteacher_adapters.parts.grouping import share_evenly
 
 STRIDES = (8, 16, 32, 64, 128)
 
@@ -152,13 +152,7 @@ class CondInst(nn.Module):
         with torch.no_grad():
             score = predictions.class_logits[image, location].float().sigmoid().amax(1)  # (P,)
             score = score * predictions.centerness[image, location].float().sigmoid()
-        rank = rank_in_group(target, score)
-        batch = len(matched.target_index)
-        positives = torch.zeros(batch, device=image.device).index_add(0, image, torch.ones_like(score))
-        targets = torch.zeros(batch, device=image.device).index_add(0, image, (rank == 0).to(score))
-        share = (self.max_samples / targets.clamp(min=1)).floor().clamp(min=1)
-        keep = (positives <= self.max_samples)[image] | (rank < share[image])
-        kept = keep.nonzero()[:, 0]
+        kept = share_evenly(image, target, score, len(matched.target_index), self.max_samples)
         return image[kept], location[kept]
 
 
@@ -265,7 +259,12 @@ class DynamicMaskHead(nn.Module):
 
 
 def build_condinst(
-    num_classes: int, *, backbone: str = "resnet50", weights: Weights = "imagenet", image_size: int = 1333
+    num_classes: int,
+    *,
+    backbone: str = "resnet50",
+    weights: Weights = "imagenet",
+    image_size: int = 1333,
+    mask_samples: int = 64,
 ) -> CondInst:
     """CondInst as the paper has it, or, for images of at most 512 pixels, with smaller heads.
 
@@ -277,13 +276,20 @@ def build_condinst(
         backbone: see `build_backbone`.
         weights: of the backbone; see `build_backbone`.
         image_size: longest side of the images in pixels.
+        mask_samples: `max_samples` of `CondInst`.
 
     Raises:
         InputError: no such backbone, or its weights cannot be had or do not fit.
     """
     body = build_backbone(backbone, weights)
     if image_size > 512:
-        return CondInst(body, num_classes)
+        return CondInst(body, num_classes, max_samples=mask_samples)
     return CondInst(
-        body, num_classes, channels=128, num_convs=2, mask_channels=64, level_sizes=(32, 64, 128, 256)
+        body,
+        num_classes,
+        channels=128,
+        num_convs=2,
+        mask_channels=64,
+        level_sizes=(32, 64, 128, 256),
+        max_samples=mask_samples,
     )

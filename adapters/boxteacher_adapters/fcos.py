@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, sigmoid_focal_loss
+from torchvision.ops import batched_nms, nms, sigmoid_focal_loss
 
 from boxteacher.protocol import Target
 from boxteacher_adapters.parts.grouping import rank_in_group
@@ -303,12 +303,35 @@ def select_detections(
     sides = predictions.distances[image, location].float() * locations.stride[location, None]
     center = locations.centers[location]
     boxes = torch.cat([center - sides[:, :2], center + sides[:, 2:]], 1)  # (K, 4)
-    keep = batched_nms(boxes, score, image * num_classes + label, _NMS_THRESHOLD)
+    keep = suppress_in_groups(boxes, score, image * num_classes + label, _NMS_THRESHOLD)
     boxes = _clip(boxes, image, image_sizes)
     there = (boxes[keep, 2:] > boxes[keep, :2]).all(1)  # not wholly in the canvas's padding
     keep = keep[(rank_in_group(image[keep], score[keep]) < _DETECTIONS_PER_IMAGE) & there]
     keep = keep[image[keep].argsort(stable=True)]
     return DenseDetections(boxes[keep], score[keep], label[keep], image[keep], location[keep])
+
+
+def suppress_in_groups(boxes: Tensor, scores: Tensor, group: Tensor, threshold: float) -> Tensor:
+    """torchvision's `batched_nms`, in a form that torch.export can trace as well.
+
+    Args:
+        boxes: (N, 4).
+        scores: (N,).
+        group: (N,) int64; boxes of different groups leave one another alone.
+        threshold: a box goes if a better one of its group overlaps it with more than this IoU.
+
+    Returns:
+        (K,) int64, the boxes that stay, best first.
+    """
+    if not torch.compiler.is_compiling():
+        return batched_nms(boxes, scores, group, threshold)
+    # batched_nms takes one of two ways by the number of boxes, which no trace knows. This is its way for few:
+    # each group in a square of its own. torchvision tells the tracer that at least two boxes stay, so two
+    # without area, which overlap none and come last, are added and taken away.
+    padded = F.pad(boxes, (0, 0, 0, 2))  # (N + 2, 4)
+    side = padded.max() - padded.min() + 1
+    shifted = padded + (F.pad(group, (0, 2)) * side)[:, None]
+    return nms(shifted, F.pad(scores, (0, 2), value=-math.inf), threshold)[:-2]
 
 
 def _clip(boxes: Tensor, image: Tensor, image_sizes: Sequence[tuple[int, int]]) -> Tensor:

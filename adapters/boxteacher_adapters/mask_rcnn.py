@@ -23,8 +23,9 @@ from boxteacher.geometry import canvas_size
 from boxteacher.protocol import Candidates, Detections, MaskPredictions, StudentOutput, Target
 from boxteacher.validation import check_labels
 from boxteacher_adapters.parts.backbones import Backbone, Weights, build_backbone
-from boxteacher_adapters.parts.grouping import rank_in_group
+from boxteacher_adapters.parts.grouping import share_evenly
 from boxteacher_adapters.parts.pasting import paste_on_grid
+from boxteacher_adapters.parts.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,11 @@ class MaskRCNNProvider(nn.Module):
         # torchvision matches the proposals of an image without boxes, all background, with an index 0.
         target = torch.cat([F.pad(own, (0, 1))[m] for own, m in zip(kept, matched, strict=True)])  # (P,)
         score = class_logits.detach().float().softmax(1).gather(1, label[:, None])[:, 0]  # (P,)
-        sample = self._samples(target, image, label > 0, score)  # (M,)
+        positive = (label > 0).nonzero()[:, 0]  # (P',)
+        drawn = share_evenly(
+            image[positive], target[positive], score[positive], len(images), self.max_samples
+        )
+        sample = positive[drawn]  # (M,)
         logits = self._mask_logits(inputs, boxes[sample], image[sample], label[sample])
         original = boxes[sample] * inputs.scales[image[sample]]  # (M, 4)
         masks = MaskPredictions(self._pasted(logits, original, images), target[sample])
@@ -145,17 +150,6 @@ class MaskRCNNProvider(nn.Module):
     def _pasted(self, logits: Tensor, boxes: Tensor, images: Sequence[Tensor]) -> Tensor:
         """Logits (M, r, r) of boxes (M, 4) in pixels, on the mask grid (M, H / 4, W / 4)."""
         return paste_on_grid(logits, boxes, canvas_size(images, self.size_divisor), self.mask_stride)
-
-    def _samples(self, target: Tensor, image: Tensor, positive: Tensor, score: Tensor) -> Tensor:
-        """Which proposals (M,) have their masks drawn: an image's targets share `max_samples` evenly, and of
-        each the proposals that are surest of its class come first.
-        """
-        chosen = positive.nonzero()[:, 0]  # (P',)
-        target, image = target[chosen], image[chosen]
-        rank = rank_in_group(target, score[chosen])
-        count = torch.bincount(image[rank == 0], minlength=1)  # (B',) targets with a positive
-        share = (self.max_samples // count.clamp(min=1)).clamp(min=1)
-        return chosen[rank < share[image]]
 
 
 def _image_index(boxes: Sequence[Tensor]) -> Tensor:
@@ -198,45 +192,63 @@ class _Pyramid(nn.Module):
 
 
 class _Unresized(GeneralizedRCNNTransform):  # type: ignore[misc]
-    """Leaves the size of images to the data loader, and their normalisation to the backbone's record."""
+    """Leaves the size of images to the data loader, and gives the backbone its own channels and scale."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        mean, std = list(preprocessing.mean), list(preprocessing.std)
+        super().__init__(800, 1333, mean, std, size_divisible=32)
+        self.channel_order = preprocessing.channel_order
+
+    def normalize(self, image: Tensor) -> Tensor:
+        return super().normalize(image.flip(-3) if self.channel_order == "BGR" else image)
 
     def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
         return image, target
 
 
 def build_mask_rcnn(
-    num_classes: int, *, backbone: str = "resnet50", weights: Weights = "imagenet", image_size: int = 1333
+    num_classes: int,
+    *,
+    backbone: str = "resnet50",
+    weights: Weights = "imagenet",
+    image_size: int = 1333,
+    mask_samples: int | None = None,
 ) -> MaskRCNNProvider:
     """Mask R-CNN on a feature pyramid as torchvision has it, or, for images of at most 512 pixels, smaller.
 
     The small one has 128 channels in the pyramid instead of 256, 256 in the box head instead of 1024, 64 in
-    the mask head instead of 256, anchors of half the size, and samples 128 proposals per image instead of
-    512, at most 16 of them for masks. Images keep the size that they come with.
+    the mask head instead of 256, anchors of half the size, keeps 500 proposals per image in training and 300
+    in evaluation instead of 2000 and 1000, and samples 128 of them instead of 512, at most 16 of those for
+    masks. Images keep the size that they come with.
 
     Args:
         num_classes: C, without background.
         backbone: see `build_backbone`.
         weights: of the backbone; see `build_backbone`.
         image_size: longest side of the images in pixels.
+        mask_samples: `max_samples` of `MaskRCNNProvider`; by default 64, or 16 in the small one.
 
     Raises:
         InputError: no such backbone, or its weights cannot be had or do not fit.
     """
     body = build_backbone(backbone, weights, strides=(4, 8, 16, 32))
     small = image_size <= 512
-    channels, hidden, mask_channels, proposals = (128, 256, 64, 128) if small else (256, 1024, 256, 512)
+    channels, hidden, mask_channels, sampled = (128, 256, 64, 128) if small else (256, 1024, 256, 512)
+    training_proposals, proposals = (500, 300) if small else (2000, 1000)
     first = 16 if small else 32
     anchors = AnchorGenerator(tuple((first * 2**level,) for level in range(5)), ((0.5, 1.0, 2.0),) * 5)
     model = MaskRCNN(
         _Pyramid(body, channels),
         rpn_anchor_generator=anchors,
+        rpn_post_nms_top_n_train=training_proposals,
+        rpn_post_nms_top_n_test=proposals,
         box_head=TwoMLPHead(channels * 7**2, hidden),
         box_predictor=FastRCNNPredictor(hidden, num_classes + 1),
-        box_batch_size_per_image=proposals,
+        box_batch_size_per_image=sampled,
         mask_head=MaskRCNNHeads(channels, (mask_channels,) * 4, 1),
         mask_predictor=MaskRCNNPredictor(mask_channels, mask_channels, num_classes + 1),
     )
-    model.transform = _Unresized(
-        800, 1333, body.mean.flatten().tolist(), body.std.flatten().tolist(), size_divisible=32
-    )
-    return MaskRCNNProvider(model, max_samples=16 if small else 64)
+    model.transform = _Unresized(body.preprocessing)
+    if mask_samples is None:
+        mask_samples = 16 if small else 64
+    return MaskRCNNProvider(model, max_samples=mask_samples)

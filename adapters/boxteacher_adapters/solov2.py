@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import FeaturePyramidNetwork, masks_to_boxes
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from boxteacher.errors import InputError
@@ -17,6 +17,7 @@ from boxteacher.protocol import Candidates, Detections, MaskPredictions, Student
 from boxteacher.validation import check_labels
 from boxteacher_adapters.parts.backbones import Backbone, Weights, build_backbone
 from boxteacher_adapters.parts.coordinates import append_coordinates, centers_to_grid
+from boxteacher_adapters.parts.extent import mask_extent
 from boxteacher_adapters.solov2_masks import Objects, Selection, by_cell, draw_masks, select_objects
 from boxteacher_adapters.solov2_targets import category_loss, grid_cells, match_cells, select_samples
 
@@ -102,7 +103,7 @@ class SOLOv2(nn.Module):
         there = masks.flatten(1).any(1).nonzero()[:, 0]  # not wholly in the canvas's padding
         found, masks = found.only(there), masks[there]
         limit = sizes.flip(1).repeat(1, 2)[found.image_index]  # (K, 4)
-        boxes = (_boxes_of(masks) * self.mask_stride).minimum(limit)
+        boxes = (mask_extent(masks.any(2), masks.any(1)) * self.mask_stride).minimum(limit)
 
         def decode_masks(candidates: Tensor) -> Tensor:
             return centers_to_grid(found.logits[candidates], self.mask_stride)
@@ -152,18 +153,13 @@ def _detections_of_image(found: Objects, size: Sequence[int]) -> Detections:
     )[..., : size[0], : size[1]]  # (K, 1, H, W)
     masks = probabilities[:, 0] > 0.5
     there = masks.flatten(1).any(1).nonzero()[:, 0]  # not wholly in the canvas's padding
+    masks = masks[there]
     return {
-        "boxes": _boxes_of(masks[there]),
+        "boxes": mask_extent(masks.any(2), masks.any(1)),
         "labels": found.labels[there],
         "scores": found.scores[there],
         "masks": probabilities[there],
     }
-
-
-def _boxes_of(masks: Tensor) -> Tensor:
-    """Boxes (K, 4) round the cells of masks (K, h, w) bool, none of them empty, in cells."""
-    boxes = masks_to_boxes(masks)  # to the last cell's beginning
-    return boxes + boxes.new_tensor([0, 0, 1, 1])
 
 
 class SOLOv2Head(nn.Module):
@@ -267,7 +263,12 @@ def _bias(conv: nn.Conv2d) -> Tensor:
 
 
 def build_solov2(
-    num_classes: int, *, backbone: str = "resnet50", weights: Weights = "imagenet", image_size: int = 1333
+    num_classes: int,
+    *,
+    backbone: str = "resnet50",
+    weights: Weights = "imagenet",
+    image_size: int = 1333,
+    mask_samples: int = 64,
 ) -> SOLOv2:
     """SOLOv2 as the paper has it, or, for images of at most 512 pixels, smaller and with coarser grids.
 
@@ -280,13 +281,14 @@ def build_solov2(
         backbone: see `build_backbone`.
         weights: of the backbone; see `build_backbone`.
         image_size: longest side of the images in pixels.
+        mask_samples: `max_samples` of `SOLOv2`.
 
     Raises:
         InputError: no such backbone, or its weights cannot be had or do not fit.
     """
     body = build_backbone(backbone, weights, strides=(4, 8, 16, 32))
     if image_size > 512:
-        return SOLOv2(body, num_classes)
+        return SOLOv2(body, num_classes, max_samples=mask_samples)
     share = image_size / 1333
     return SOLOv2(
         body,
@@ -298,4 +300,5 @@ def build_solov2(
         num_kernels=64,
         grids=(20, 18, 12, 8, 6),
         size_ranges=tuple((least * share, most * share) for least, most in SIZE_RANGES),
+        max_samples=mask_samples,
     )

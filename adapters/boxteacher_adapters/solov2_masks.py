@@ -71,9 +71,7 @@ def select_objects(
     peaks = by_cell([_peaks(maps.float().sigmoid()) for maps in category_maps])  # (B, S, C)
     peaks = torch.where(peaks > selection.least_probability, peaks, 0.0)
     surest = peaks.amax(2)  # (B, S)
-    # Masks cost; how many are worth one must be known, and the device waited for.
-    count = max(int(min(int((surest > 0).sum(1).max()), selection.most_cells)), 1)
-    cell = surest.topk(count, 1).indices  # (B, n)
+    cell = surest.topk(_cells_to_draw(surest, selection.most_cells), 1).indices  # (B, n)
     image = torch.arange(len(cell), device=cell.device)[:, None]  # (B, 1)
     area, quality = _area_and_quality(mask_features, kernels[image, cell])  # (B, n) each
     quality = torch.where(area > _strides(category_maps)[cell], quality, 0.0)
@@ -89,6 +87,14 @@ def select_objects(
     scores = best[image, place]
     class_scores = scores / quality[image, of_cell[image, chosen]]
     return Objects(scores, class_scores, labels[image, chosen], image, logits[image, chosen])
+
+
+def _cells_to_draw(surest: Tensor, most: float) -> int:
+    """How many cells of each image have their masks scored, by the cells' surest class (B, S)."""
+    # Masks cost; how many are worth one must be known, and the device waited for. A trace, whose
+    # numbers are fixed, scores them all.
+    worth = surest.shape[1] if torch.compiler.is_compiling() else int((surest > 0).sum(1).max())
+    return max(int(min(worth, most)), 1)
 
 
 def _area_and_quality(features: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from boxteacher.protocol import Target
-from boxteacher_adapters.parts.grouping import rank_in_group
+from boxteacher_adapters.parts.grouping import share_evenly
 
 _CENTER_SIZE = 0.2  # of the box: the region round its centre whose cells are positive
 
@@ -126,13 +126,8 @@ def select_samples(matches: GridMatches, probability: Tensor, max_samples: int) 
     """
     target, cell = matches.hit.nonzero(as_tuple=True)  # (P,) each
     image = matches.image_index[target]
-    rank = rank_in_group(target, probability[image, cell, matches.labels[target]])
-    batch = len(matches.cell_labels)
-    positives = torch.zeros(batch, device=image.device).index_add(0, image, torch.ones_like(rank).float())
-    sharing = torch.zeros(batch, device=image.device).index_add(0, image, (rank == 0).float())
-    share = (max_samples / sharing.clamp(min=1)).floor().clamp(min=1)  # (B,)
-    keep = (positives <= max_samples)[image] | (rank < share[image])
-    kept = keep.nonzero()[:, 0]
+    surety = probability[image, cell, matches.labels[target]]  # (P,)
+    kept = share_evenly(image, target, surety, len(matches.cell_labels), max_samples)
     return target[kept], cell[kept]
 
 

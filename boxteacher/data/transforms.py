@@ -1,5 +1,6 @@
 """Resizing and flipping that move an image, its boxes and its masks together."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,13 +33,44 @@ class ResizeLongestSide(nn.Module):
 
     def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Resize a float image (3, H, W) in [0, 1] and each `BoundingBoxes` and `Mask` in its target."""
-        height, width = image.shape[-2:]
         # torch's generator, so that the seeds of DataLoader workers govern the draw.
-        scale = int(torch.randint(self.low, self.high + 1, ())) / max(height, width)
-        size = [max(1, round(height * scale)), max(1, round(width * scale))]
-        # clamp: interpolation weights may add up to a rounding error more than one.
-        resized = F.resize(image, size, antialias=True).clamp(0, 1)
-        return tv_tensors.Image(resized), {key: _resize_entry(entry, size) for key, entry in target.items()}
+        longest = int(torch.randint(self.low, self.high + 1, ()))
+        return _resize(image, target, longest / max(image.shape[-2:]))
+
+
+class ResizeShortestSide(nn.Module):
+    """Scale an image and its target so that the shortest side is drawn from a list, as COCO's schedules do.
+
+    Where that would make the longest side too long, the longest side is `longest`. For the rest as
+    `ResizeLongestSide`; torchvision's `RandomShortestSize` would move masks by up to half a pixel.
+
+    Args:
+        sizes: of the shortest side in pixels, at least 1 each.
+        longest: the greatest longest side in pixels, at least 1.
+
+    Raises:
+        ValueError: no sizes, or one of the numbers is less than 1.
+    """
+
+    def __init__(self, sizes: Sequence[int], longest: int) -> None:
+        super().__init__()
+        if not sizes or min(*sizes, longest) < 1:
+            raise ValueError(f"sizes={tuple(sizes)}, longest={longest}: give sizes of at least 1 pixel")
+        self.sizes = tuple(sizes)
+        self.longest = longest
+
+    def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Resize a float image (3, H, W) in [0, 1] and each `BoundingBoxes` and `Mask` in its target."""
+        shortest = self.sizes[int(torch.randint(len(self.sizes), ()))]
+        scale = min(shortest / min(image.shape[-2:]), self.longest / max(image.shape[-2:]))
+        return _resize(image, target, scale)
+
+
+def _resize(image: Tensor, target: dict[str, Any], scale: float) -> tuple[Tensor, dict[str, Any]]:
+    size = [max(1, round(side * scale)) for side in image.shape[-2:]]
+    # clamp: interpolation weights may add up to a rounding error more than one.
+    resized = F.resize(image, size, antialias=True).clamp(0, 1)
+    return tv_tensors.Image(resized), {key: _resize_entry(entry, size) for key, entry in target.items()}
 
 
 def _resize_entry(entry: Any, size: list[int]) -> Any:
@@ -53,13 +85,33 @@ def _resize_entry(entry: Any, size: list[int]) -> Any:
     return entry
 
 
-def training_transform(image_size: int) -> v2.Transform:
-    """Longest side drawn from 0.8 `image_size` to `image_size` pixels, flipped left-right half the time."""
-    return v2.Compose(
-        [ResizeLongestSide(max(1, image_size * 4 // 5), image_size), v2.RandomHorizontalFlip(0.5)]
+def training_transform(image_size: int, shortest_side: Sequence[int] = ()) -> v2.Transform:
+    """An image of a random size, flipped left-right half the time.
+
+    Args:
+        image_size: the longest side in pixels is drawn from 0.8 of that upwards.
+        shortest_side: if given, the shortest side is drawn from these, and `image_size` is the most that
+            the longest may be.
+    """
+    resize = (
+        ResizeShortestSide(shortest_side, image_size)
+        if shortest_side
+        else ResizeLongestSide(least_longest_side(image_size), image_size)
     )
+    return v2.Compose([resize, v2.RandomHorizontalFlip(0.5)])
 
 
-def evaluation_transform(image_size: int) -> v2.Transform:
-    """Longest side of `image_size` pixels, with nothing random."""
+def least_longest_side(image_size: int, shortest_side: Sequence[int] = ()) -> int:
+    """The longest side in pixels of the smallest image that `training_transform` may give."""
+    return min(*shortest_side, image_size) if shortest_side else max(1, image_size * 4 // 5)
+
+
+def evaluation_transform(image_size: int, shortest_side: int | None = None) -> v2.Transform:
+    """An image of a fixed size: its longest side `image_size` pixels.
+
+    With `shortest_side`, its shortest side that many pixels, or fewer where the longest would be longer than
+    `image_size`.
+    """
+    if shortest_side is not None:
+        return v2.Compose([ResizeShortestSide([shortest_side], image_size)])
     return v2.Compose([ResizeLongestSide(image_size, image_size)])

@@ -1,6 +1,6 @@
 """A trained segmenter in a file, with all that is needed to build and to use it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ class SegmenterInfo:
         image_size: longest side of the images in pixels that it was trained with.
         class_names: of labels 0 … C−1.
         category_ids: COCO category id of each label.
+        shortest_side: of the images in evaluation, in pixels, where that does not make the longest greater
+            than `image_size`; None if their longest side is `image_size`.
     """
 
     model: str
@@ -31,11 +33,21 @@ class SegmenterInfo:
     image_size: int
     class_names: list[str]
     category_ids: list[int]
+    shortest_side: int | None = None
 
 
 def save_checkpoint(path: Path, segmenter: nn.Module, info: SegmenterInfo) -> None:
-    """Writes the segmenter's weights and description; a crash leaves the former file as it was."""
-    content = {"format": _FORMAT, "info": asdict(info), "weights": segmenter.state_dict()}
+    """Writes the segmenter's weights and description; a crash leaves the former file as it was.
+
+    The record that a part of the segmenter keeps as `preprocessing` (a backbone's channel order, mean and
+    std) goes with them.
+    """
+    content = {
+        "format": _FORMAT,
+        "info": asdict(info),
+        "preprocessing": _preprocessing(segmenter),
+        "weights": segmenter.state_dict(),
+    }
     write_atomically(path, lambda temporary: torch.save(content, temporary))
 
 
@@ -44,7 +56,7 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, SegmenterInfo]:
 
     Raises:
         InputError: the file is missing, broken, or not a checkpoint of this library, or holds the weights
-            of another model than it says.
+            of another model than it says, or weights that were trained on images of another preprocessing.
     """
     content = _read(path)
     try:
@@ -69,8 +81,32 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, SegmenterInfo]:
             f"{path}: {len(unfit)} entries are not those of {info.model} with {info.backbone}, such as "
             f"{unfit[0]}; give a checkpoint of that model, as `boxteacher train` writes it"
         )
+    trained_with, built_with = content.get("preprocessing"), _preprocessing(segmenter)
+    if trained_with not in (None, built_with):  # None: written before checkpoints kept the record
+        raise InputError(
+            f"{path}: was trained on images as {trained_with}, and {info.backbone} takes them as "
+            f"{built_with}; use the version of this library that wrote it, or train anew"
+        )
     segmenter.load_state_dict(weights)
     return segmenter.eval(), info
+
+
+def _preprocessing(segmenter: nn.Module) -> dict[str, Any] | None:
+    """The record of the segmenter's backbone; None where no part of it keeps one."""
+    for module in segmenter.modules():
+        record = getattr(module, "preprocessing", None)
+        if is_dataclass(record) and not isinstance(record, type):
+            return asdict(record)
+    return None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file says that it is a checkpoint of this library."""
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # noqa: BLE001  a file of another kind raises whatever its bytes lead to
+        return False
+    return isinstance(content, dict) and content.get("format") == _FORMAT
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from boxteacher.data import CocoInstances, evaluation_transform, find_split, wri
 from boxteacher.engine.checkpoint import load_checkpoint
 from boxteacher.engine.drawing import contact_sheet, draw_detections, write_picture
 from boxteacher.engine.evaluate import Evaluation, evaluate
-from boxteacher.engine.train import TrainSettings, train
+from boxteacher.engine.settings import TrainSettings
+from boxteacher.engine.train import train
 
 _PICTURES = 12
 _SHOWN_SCORE = 0.6

@@ -56,6 +56,7 @@ def evaluate(checkpoint: Path, data: Path, *, device: str = "auto", workers: int
         image_size=info.image_size,
         class_names=info.class_names,
         category_ids=info.category_ids,
+        shortest_side=info.shortest_side,
         workers=workers,
     )
     text = json.dumps(evaluation.metrics) + "\n"
@@ -70,6 +71,7 @@ def evaluate_segmenter(
     image_size: int,
     class_names: list[str],
     category_ids: list[int],
+    shortest_side: int | None = None,
     workers: int = 2,
 ) -> Evaluation:
     """Evaluates any segmenter, on the device where it is, on the validation split of `data`.
@@ -80,6 +82,7 @@ def evaluate_segmenter(
         image_size: longest side of the images in pixels.
         class_names: of labels 0 … C−1; a warning tells if the data's are others.
         category_ids: COCO category id of each label.
+        shortest_side: see `evaluation_transform`.
         workers: processes that load images.
 
     Raises:
@@ -89,7 +92,7 @@ def evaluate_segmenter(
     dataset = CocoInstances(
         split.images,
         split.annotations,
-        transform=evaluation_transform(image_size),
+        transform=evaluation_transform(image_size, shortest_side),
         category_ids=category_ids,
     )
     if dataset.class_names != class_names:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from boxteacher.data import evaluation_transform
 from boxteacher.data.images import decode_masks, read_image
-from boxteacher.data.transforms import ResizeLongestSide
 from boxteacher.engine.checkpoint import SegmenterInfo, load_checkpoint
 from boxteacher.engine.devices import pick_device
 from boxteacher.engine.drawing import draw_detections, write_picture
@@ -76,7 +76,7 @@ def predict(
 @torch.inference_mode()
 def _detect(segmenter: nn.Module, image: Tensor, info: SegmenterInfo) -> Detections:
     """Detections of an image (3, H, W) at the size that the segmenter was trained with."""
-    small, _ = ResizeLongestSide(info.image_size, info.image_size)(image, {})
+    small, _ = evaluation_transform(info.image_size, info.shortest_side)(image, {})
     (detections,) = segmenter([small.as_subclass(Tensor).to(next(segmenter.parameters()).device)])
     return detections
 

@@ -3,10 +3,11 @@
 import json
 import logging
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torchvision
@@ -14,87 +15,29 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from boxteacher import __version__
+from boxteacher.augmentation import StrongAugmentation
 from boxteacher.data import CocoInstances, collate, find_split, training_transform
+from boxteacher.data.transforms import least_longest_side
 from boxteacher.engine.checkpoint import SegmenterInfo, save_checkpoint
-from boxteacher.engine.devices import pick_device, to_device
+from boxteacher.engine.devices import to_device
 from boxteacher.engine.files import write_atomically
+from boxteacher.engine.optimization import build_optimizer, build_schedule
 from boxteacher.engine.progress import TrainingLog
-from boxteacher.engine.segmenters import build_segmenter
+from boxteacher.engine.settings import TrainSettings
+from boxteacher.engine.weights import build_with_weights
 from boxteacher.errors import InputError
 from boxteacher.supervision import BoxSupervised, MaskSupervised, Supervision
 from boxteacher.teacher import BoxTeacher
-from boxteacher.validation import check_choice, check_range
 
 logger = logging.getLogger(__name__)
 
-SupervisionName = Literal["teacher", "box", "mask"]
 _COCO_IGNORED_BOTTOM_ROWS = 10
 _CHECKPOINTS_PER_RUN = 10
-_GRADIENT_CLIP = 10.0
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """What a run is made with; `RUN/settings.json` keeps it.
-
-    Raises:
-        InputError: a number is out of range.
-
-    Attributes:
-        model: name that `build_segmenter` knows.
-        backbone: see `boxteacher_adapters.parts.backbones.build_backbone`.
-        data: folder of the data set.
-        output: folder of the run.
-        supervision: "teacher" (`BoxTeacher`), "box" (`BoxSupervised`) or "mask" (`MaskSupervised`).
-        steps: optimizer steps.
-        batch_size: images per step.
-        image_size: longest side of the images in pixels; training draws it from 0.8 of that upwards.
-        lr: highest learning rate of AdamW.
-        weights: of the backbone: a file, "imagenet" or "none".
-        seed: of everything random.
-        device: "auto", "cpu", "cuda", "cuda:1", …
-        workers: processes that load images.
-        warmup_steps: of the colour-pairwise loss; by default 10 000, but at most a fifth of the run.
-        pseudo_warmup_steps: of the losses from pseudo masks; by default 10 000, but at most the whole run.
-        momentum: that the teacher's average approaches; by default 0.999, but no longer a memory than a
-            tenth of the run.
-    """
-
-    model: str
-    backbone: str
-    data: Path
-    output: Path
-    supervision: SupervisionName = "teacher"
-    steps: int = 5000
-    batch_size: int = 4
-    image_size: int = 512
-    lr: float = 3e-4
-    weights: Path | Literal["imagenet", "none"] = "imagenet"
-    seed: int = 0
-    device: str = "auto"
-    workers: int = 2
-    warmup_steps: int | None = None
-    pseudo_warmup_steps: int | None = None
-    momentum: float | None = None
-
-    def __post_init__(self) -> None:
-        check_choice("supervision", self.supervision, ("teacher", "box", "mask"))
-        check_range("lr", self.lr, above=0)
-        check_range("momentum", _given(self.momentum, 0.0), least=0, most=1)
-        for name in ("steps", "batch_size", "image_size"):
-            check_range(name, getattr(self, name), least=1)
-        for name in ("workers", "warmup_steps", "pseudo_warmup_steps"):
-            check_range(name, _given(getattr(self, name), 0), least=0)
-
-    def resolved(self) -> "TrainSettings":
-        """The same with every default that depends on the run's length, or on the machine, filled in."""
-        return replace(
-            self,
-            device=str(pick_device(self.device)),
-            warmup_steps=_given(self.warmup_steps, min(10_000, self.steps // 5)),
-            pseudo_warmup_steps=_given(self.pseudo_warmup_steps, min(10_000, self.steps)),
-            momentum=_given(self.momentum, max(0.0, min(0.999, 1 - 10 / self.steps))),
-        )
+_AUGMENTATIONS: dict[str, Callable[[], nn.Module]] = {
+    "none": nn.Identity,
+    "strong": partial(StrongAugmentation, blur=0.0),
+    "stronger": StrongAugmentation,
+}
 
 
 def train(settings: TrainSettings) -> Path:
@@ -115,18 +58,28 @@ def train(settings: TrainSettings) -> Path:
     torch.manual_seed(settings.seed)
     device = torch.device(settings.device)
     data = training_data(settings)
-    segmenter = build_segmenter(
+    segmenter = build_with_weights(
         settings.model,
         len(data.class_names),
         backbone=settings.backbone,
         weights=settings.weights,
         image_size=settings.image_size,
+        mask_samples=settings.mask_samples,
     )
     _check_validation_split(settings, data)
+    # The order that convolutions are fastest in, on processors as on GPUs.
+    segmenter = segmenter.to(memory_format=torch.channels_last)
     model = supervise(segmenter, settings).to(device).train()
-    optimizer, schedule = _optimizer(model.student, settings)
+    _check_batch_norms(model.student, settings)
+    optimizer = build_optimizer(model.student, settings)
+    schedule = build_schedule(optimizer, settings)
     info = SegmenterInfo(
-        settings.model, settings.backbone, settings.image_size, data.class_names, data.category_ids
+        settings.model,
+        settings.backbone,
+        settings.image_size,
+        data.class_names,
+        data.category_ids,
+        shortest_side=max(settings.shortest_side, default=None),
     )
     _write_settings(settings)
     every = math.ceil(settings.steps / _CHECKPOINTS_PER_RUN)
@@ -138,7 +91,7 @@ def train(settings: TrainSettings) -> Path:
             total = torch.stack(list(losses.values())).sum()
             optimizer.zero_grad(set_to_none=True)
             total.backward()
-            norm = nn.utils.clip_grad_norm_(model.student.parameters(), _GRADIENT_CLIP)
+            norm = nn.utils.clip_grad_norm_(model.student.parameters(), settings.gradient_clip or math.inf)
             numbers = _numbers({**losses, "gradient_norm": norm, **_pseudo_masks(model)})
             _check_finite(numbers, step, saved, [names[target["image_id"]] for target in targets])
             optimizer.step()
@@ -161,7 +114,7 @@ def training_data(settings: TrainSettings) -> CocoInstances:
         split.images,
         split.annotations,
         read_masks=settings.supervision == "mask",
-        transform=training_transform(settings.image_size),
+        transform=training_transform(settings.image_size, settings.shortest_side),
         ignored_bottom_rows=_COCO_IGNORED_BOTTOM_ROWS if split.is_coco else 0,
     )
 
@@ -176,6 +129,18 @@ def _check_validation_split(settings: TrainSettings, data: CocoInstances) -> Non
     CocoInstances(split.images, split.annotations, category_ids=data.category_ids)
 
 
+def _check_batch_norms(student: nn.Module, settings: TrainSettings) -> None:
+    """One image of one cell at the greatest stride leaves a batch norm nothing to take a variance of."""
+    pixels = least_longest_side(settings.image_size, settings.shortest_side)
+    divisor: Any = student.size_divisor
+    trained = any(isinstance(module, nn.BatchNorm2d) and module.training for module in student.modules())
+    if settings.batch_size == 1 and pixels <= divisor and trained:
+        raise InputError(
+            f"batch_size is 1, images may be as small as {pixels} pixels, and {settings.model}'s batch norms "
+            f"need more than one image of {divisor}: give --batch-size 2 or larger images"
+        )
+
+
 def supervise(segmenter: nn.Module, settings: TrainSettings) -> Supervision:
     """Puts the segmenter under the supervision that the settings name, scaled to the run's length."""
     settings = settings.resolved()
@@ -185,36 +150,16 @@ def supervise(segmenter: nn.Module, settings: TrainSettings) -> Supervision:
     if settings.supervision == "box":
         return BoxSupervised(segmenter, warmup_steps=warmup)
     momentum: Any = settings.momentum
+    teacher_size: Any = settings.teacher_size
     return BoxTeacher(
         segmenter,
         momentum=momentum,
         warmup_steps=warmup,
         pseudo_warmup_steps=settings.pseudo_warmup_steps,
+        augmentation=_AUGMENTATIONS[settings.augmentation](),
+        teacher_size=teacher_size or None,
+        quality_at=settings.quality_at,
     )
-
-
-def _given(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def _optimizer(
-    student: nn.Module, settings: TrainSettings
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW without decay of norms and biases; linear warm-up, then a cosine down to nothing."""
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=trained[0].device.type in ("cpu", "cuda"))
-    warmup = min(500, max(1, settings.steps // 20))
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup)))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def _batches(

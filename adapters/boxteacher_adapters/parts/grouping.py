@@ -19,5 +19,29 @@ def rank_in_group(group: Tensor, score: Tensor) -> Tensor:
     sorted_group = group[order]
     first = torch.searchsorted(sorted_group, sorted_group)  # (N,) where each entry's group begins
     rank = torch.empty_like(group)
-    rank[order] = torch.arange(len(group), device=group.device) - first
+    rank[order] = torch.arange(group.shape[0], device=group.device) - first
     return rank
+
+
+def share_evenly(image: Tensor, target: Tensor, score: Tensor, num_images: int, most: int) -> Tensor:
+    """Which samples have their masks drawn where an image must not have more than so many.
+
+    An image that has too many gives each of its targets the same number, that target's best; a target
+    keeps at least one, even if an image has more targets than `most`.
+
+    Args:
+        image: (P,) int64 of each sample, in 0 … num_images − 1.
+        target: (P,) int64 of each sample; no two images share a target.
+        score: (P,), the higher the better.
+        num_images: of the batch.
+        most: samples per image, at least 1.
+
+    Returns:
+        (M,) int64 in rising order, M ≤ P.
+    """
+    rank = rank_in_group(target, score)  # (P,)
+    none = torch.zeros(num_images, dtype=torch.int64, device=image.device)
+    samples = none.index_add(0, image, torch.ones_like(image))  # (num_images,)
+    targets = none.index_add(0, image, (rank == 0).to(image))  # (num_images,) that have a sample
+    share = (most // targets.clamp(min=1)).clamp(min=1)
+    return ((samples <= most)[image] | (rank < share[image])).nonzero()[:, 0]

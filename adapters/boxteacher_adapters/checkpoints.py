@@ -1,0 +1,155 @@
+"""Weights that others released, under the names of the networks here."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from boxteacher.errors import InputError
+from boxteacher_adapters.parts.backbones import build_backbone
+from boxteacher_adapters.parts.detectron2_names import in_torchvision_names, resnet_name, swin_name
+from boxteacher_adapters.parts.weight_files import read_weight_file
+from boxteacher_adapters.released_keys import NETWORK, SCALES, condinst_name, is_needed, solov2_name
+
+_RESNETS = {
+    (6, False): "resnet50_caffe",
+    (23, False): "resnet101_caffe",
+    (23, True): "resnet101_caffe_dcn",
+}
+_NETWORKS = ("teacher.", "student.")  # BoxTeacher's two, the better one first
+
+
+@dataclass(frozen=True)
+class ReleasedWeights:
+    """What a released file holds.
+
+    Attributes:
+        model: name of the segmenter that `build_segmenter` knows; None for a backbone alone.
+        backbone: name that `build_backbone` knows.
+        num_classes: of the segmenter; 0 for a backbone alone.
+        weights: entries under the names of the segmenter's state dict, or of the backbone's network; an entry
+            that has no place there keeps its name.
+        description: of the file, for messages.
+        left_out: entries that the network does not need.
+    """
+
+    model: str | None
+    backbone: str
+    num_classes: int
+    weights: dict[str, Tensor]
+    description: str
+    left_out: tuple[str, ...]
+
+
+def read_released(path: Path) -> ReleasedWeights | None:
+    """Reads AdelaiDet's checkpoint of CondInst, BoxInst, BoxTeacher or SOLOv2, or an ImageNet backbone in
+    detectron2's, Caffe2's or Swin's format, recognised by its entries' names.
+
+    Of BoxTeacher's two networks the teacher is taken, which is the better one.
+
+    Returns:
+        None for a state dict of another kind.
+
+    Raises:
+        InputError: the file cannot be read, its backbone is not one that can be built here, or an ImageNet
+            backbone does not fit.
+    """
+    return recognise(read_weight_file(path), path)
+
+
+def recognise(state: dict[str, Tensor], path: Path) -> ReleasedWeights | None:
+    """`read_released` for a state dict that has been read already.
+
+    Args:
+        state: by the names of the file.
+        path: of the file.
+    """
+    network = next((prefix for prefix in _NETWORKS if any(key.startswith(prefix) for key in state)), "")
+    own = {key.removeprefix(network): value for key, value in state.items() if key.startswith(network)}
+    whose = f"BoxTeacher's {network[:-1]}, " if network else ""
+    if "proposal_generator.fcos_head.cls_logits.weight" in own and "controller.weight" in own:
+        return _model(path, "condinst", own, condinst_name, "proposal_generator.fcos_head.cls_logits", whose)
+    if "ins_head.cate_pred.weight" in own:
+        return _model(path, "solov2", own, solov2_name, "ins_head.cate_pred", whose)
+    if "res2.0.conv1.weight" in own or "res2_0_branch2a_w" in own:
+        return _imagenet_backbone(path, own, resnet_name)
+    if "patch_embed.proj.weight" in own and "layers.0.blocks.0.attn.qkv.weight" in own:
+        return _imagenet_backbone(path, own, swin_name)
+    return None
+
+
+def _model(
+    path: Path,
+    model: str,
+    state: dict[str, Tensor],
+    name_of: Callable[[str], str | None],
+    classifier: str,
+    whose: str,
+) -> ReleasedWeights:
+    """A whole segmenter's weights; `classifier` is the layer with one output per class."""
+    num_classes = _outputs(state[f"{classifier}.weight"])
+    needed = {key: value for key, value in state.items() if is_needed(key)}
+    weights = {name_of(key) or key: value for key, value in needed.items()}
+    inner = {key.removeprefix(NETWORK): value for key, value in weights.items() if key.startswith(NETWORK)}
+    backbone = _backbone_name(path, inner)
+    levels = [weights.pop(name) for name in sorted(weights) if name.startswith(f"{SCALES}.")]
+    if levels:
+        weights[SCALES] = torch.cat([level.flatten() for level in levels])
+    return ReleasedWeights(
+        model=model,
+        backbone=backbone,
+        num_classes=num_classes,
+        weights=weights,
+        description=f"{whose}{model} on {backbone}, {num_classes} classes",
+        left_out=tuple(key for key in state if key not in needed),
+    )
+
+
+def _imagenet_backbone(
+    path: Path, state: dict[str, Tensor], name_of: Callable[[str], str | None]
+) -> ReleasedWeights:
+    weights = in_torchvision_names(state, name_of)
+    backbone = _backbone_name(path, weights)
+    fitted = build_backbone(backbone, path).network.state_dict()
+    return ReleasedWeights(
+        model=None,
+        backbone=backbone,
+        num_classes=0,
+        weights={name: value for name, value in weights.items() if name in fitted},
+        description=f"ImageNet weights of {backbone}",
+        left_out=tuple(key for key in state if name_of(key) not in fitted),
+    )
+
+
+def _backbone_name(path: Path, weights: dict[str, Tensor]) -> str:
+    """Of the backbone whose network has these weights, under torchvision's names."""
+    if "features.0.0.weight" in weights:
+        width = _outputs(weights["features.0.0.weight"])
+        blocks = _count(r"features\.5\.(\d+)\.", weights)
+        if (width, blocks) == (128, 18):
+            return "swin_b_caffe"
+        what = f"a Swin of width {width} with {blocks} blocks in its third stage"
+    else:
+        blocks = _count(r"layer3\.(\d+)\.", weights)
+        deformable = any(".conv2.offset." in name for name in weights)
+        name = _RESNETS.get((blocks, deformable))
+        if name is not None:
+            return name
+        kind = "deformable ResNet" if deformable else "ResNet"
+        what = f"a {kind} with {blocks} blocks in its third stage"
+    raise InputError(
+        f"weights {path} are those of {what}: resnet50_caffe, resnet101_caffe, resnet101_caffe_dcn and "
+        "swin_b_caffe can be read"
+    )
+
+
+def _outputs(weight: Tensor) -> int:
+    return weight.shape[:1].numel()
+
+
+def _count(pattern: str, weights: dict[str, Tensor]) -> int:
+    """How many different numbers stand in the pattern's place in the weights' names."""
+    return len({match[1] for name in weights if (match := re.match(pattern, name))})

@@ -1,0 +1,100 @@
+"""A network, and its ImageNet weights: from a file, or downloaded once."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from boxteacher.errors import InputError
+from boxteacher_adapters.parts.preprocessing import Preprocessing
+from boxteacher_adapters.parts.weight_files import read_weight_file
+
+logger = logging.getLogger(__name__)
+
+Weights = Path | Literal["imagenet", "none"]
+
+
+@dataclass(frozen=True)
+class PretrainedNetwork:
+    """A network without its weights, and what is known of them.
+
+    Attributes:
+        network: maps images (B, 3, H, W) to one map per stride.
+        channels: of the maps.
+        preprocessing: that the weights were trained with.
+        early: what parameters' names begin with up to stride 4.
+        download: the ImageNet weights.
+        own_names: gives a file's or the download's entries the network's names.
+        left_over: what the names of entries begin with that the weights may hold beside the network's.
+        initial: parts of the names of entries that the weights may lack, which keep their initial values.
+    """
+
+    network: nn.Module
+    channels: tuple[int, ...]
+    preprocessing: Preprocessing
+    early: tuple[str, ...]
+    download: Callable[[], dict[str, Tensor]]
+    own_names: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda state: state
+    left_over: tuple[str, ...] = ()
+    initial: tuple[str, ...] = ()
+
+
+def load_weights(described: PretrainedNetwork, name: str, weights: Weights) -> None:
+    """Fills a network with weights from a file or with ImageNet's, which are downloaded once.
+
+    Args:
+        described: the network.
+        name: of the backbone, for messages.
+        weights: a file's path or "imagenet".
+
+    Raises:
+        InputError: the weights cannot be had or do not fit.
+    """
+    state = read_weight_file(weights) if isinstance(weights, Path) else _downloaded(described, name)
+    state = described.own_names(state)
+    wanted = described.network.state_dict()
+    known = ("num_batches_tracked", *described.initial)
+    missing = [key for key in wanted if key not in state and not any(part in key for part in known)]
+    unknown = [key for key in state if key not in wanted and not key.startswith(described.left_over)]
+    unfit = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    if missing or unknown or unfit:
+        problem = (
+            f"{len(missing)} entries are missing, {len(unknown)} unknown and {len(unfit)} of another shape, "
+            f"such as {(missing + unknown + unfit)[0]}"
+        )
+        raise InputError(f"weights {weights} are not those of {name}: {problem}; give the backbone's own")
+    described.network.load_state_dict({k: v for k, v in state.items() if k in wanted}, strict=False)
+    logger.info("loaded %s weights of %s", weights, name)
+
+
+def _downloaded(described: PretrainedNetwork, name: str) -> dict[str, Tensor]:
+    try:
+        return described.download()
+    except Exception as error:  # a broken file in the cache raises whatever its bytes lead to
+        raise InputError(
+            f"ImageNet weights of {name} cannot be had ({_first_line(error)}): empty torch's download cache "
+            "if a file in it is broken, give one with --weights FILE, or begin with --weights none"
+        ) from error
+
+
+def weights_at(url: str) -> dict[str, Tensor]:
+    """The weights in a public file, which is kept in torch's download cache."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file))
+    return read_weight_file(file)
+
+
+def torchvision_weights(pretrained: Any) -> dict[str, Tensor]:
+    """The weights of one of torchvision's enumerations of weights."""
+    state: dict[str, Tensor] = pretrained.get_state_dict(progress=True)
+    return state
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,204 @@
+"""Weights that others saved, read without running anything that their files name."""
+
+import math
+import pickle
+import pickletools
+import re
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from boxteacher.errors import InputError
+
+_WRAPPERS = ("model", "state_dict", "blobs")  # detectron2's and Swin's, timm's, Caffe2's
+_DTYPE_CODES = ("b1", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
+
+
+def read_weight_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a state dict that torch saved, or of a pickle of numpy arrays (`*.pkl`).
+
+    A dict that holds the state dict under "model", "state_dict" or "blobs" is unwrapped. Torch's files are
+    read with `weights_only`; a pickle by an unpickler that knows arrays, numbers, text and containers.
+
+    Raises:
+        InputError: the file does not exist, is truncated, names anything that would have to be run, or
+            holds something else than one tensor per name.
+    """
+    if not path.is_file():
+        raise InputError(f"weights {path} do not exist: check the path")
+    try:
+        content = _read_pickle(path) if path.suffix == ".pkl" else _read_torch(path)
+    except Exception as error:  # a broken or hostile byte raises whatever it leads to
+        raise InputError(
+            f"weights {path} cannot be read ({_reason(error)}): give a state dict that torch saved, or a "
+            ".pkl of numpy arrays"
+        ) from error
+    while isinstance(content, dict) and (wrapped := [key for key in _WRAPPERS if _holds(content, key)]):
+        content = content[wrapped[0]]
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"weights {path} hold no state dict: give one tensor per parameter name")
+    state: dict[str, Tensor] = {}
+    for name, value in content.items():
+        tensor: Any = value.tensor if isinstance(value, _Array) else value
+        if not isinstance(name, str) or not _is_plain(tensor):
+            raise InputError(
+                f"weights {path} hold no state dict: entry {str(name)[:80]!r} is no plain tensor; give one "
+                "tensor per parameter name"
+            )
+        state[name] = tensor
+    return state
+
+
+def _holds(content: dict[Any, Any], key: str) -> bool:
+    return isinstance(content.get(key), dict)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor of numbers that are all in the file, rather than a few of them many times."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not (value.is_meta or value.is_quantized)
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    if refused := re.search(r"GLOBAL (\w+(?:\.\w+)*)", text):
+        return f"it asks for {refused[1]}, which is not a tensor"
+    # Before and behind what is wrong, torch spreads advice to trust the file.
+    reason = text.partition("WeightsUnpickler error: ")[2] or text
+    return (reason.splitlines() or [""])[0][:120] or type(error).__name__
+
+
+def _read_torch(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            # Torch stores; what is compressed could grow to any size.
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise pickle.UnpicklingError("it is a compressed archive, not torch's")
+    with warnings.catch_warnings():  # of torch, that it might not understand the file
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_pickle(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        return _read_torch(path)
+    with path.open("rb") as file:
+        _check_memo(file)
+        file.seek(0)
+        return _ArrayUnpickler(file, encoding="latin1").load()  # Python 2 wrote arrays as text
+
+
+def _check_memo(file: Any) -> None:
+    """The unpickler's table of objects is as long as the highest number that an object is given."""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count:
+            raise pickle.UnpicklingError("it numbers more objects than it has")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Admits numpy's arrays and containers of them.
+
+    Not even numpy's own constructors are called with what the file says: stand-ins check it first, so an
+    array is never larger than its bytes in the file.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        constructor = _CONSTRUCTORS.get((module.replace("numpy._core", "numpy.core"), name))
+        if constructor is None:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not an array")
+        return constructor
+
+
+class _Constructor:
+    """Stands for a function or class that pickles of arrays name; it can be called and nothing else."""
+
+    __slots__ = ("_make",)
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._make(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it changes a constructor")
+
+
+class _Dict(dict[Any, Any]):
+    """An OrderedDict; attributes, such as torch's note of versions, are left out."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Dtype:
+    """A dtype of numbers."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        if code not in _DTYPE_CODES:
+            raise pickle.UnpicklingError(f"it holds arrays of {str(code)[:20]!r}, which are not numbers")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: Any) -> None:
+        if state[1] == ">":
+            self.dtype = self.dtype.newbyteorder(">")
+
+
+class _Array:
+    """An array; `tensor` is there once its bytes are."""
+
+    tensor: Tensor | None = None
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, column_major, data = state
+        self.tensor = _tensor(data, dtype, shape, column_major)
+
+
+def _tensor(data: Any, dtype: Any, shape: Any, column_major: Any) -> Tensor:
+    raw = data.encode("latin1") if isinstance(data, str) else data
+    if not isinstance(raw, bytes | bytearray) or not isinstance(dtype, _Dtype):
+        raise pickle.UnpicklingError("it holds an array that is not made of numbers")
+    if not all(isinstance(side, int) and side >= 0 for side in shape):
+        raise pickle.UnpicklingError("it holds an array of no shape")
+    if math.prod(shape) * dtype.dtype.itemsize != len(raw):
+        raise pickle.UnpicklingError("it holds an array whose bytes do not fill its shape")
+    array = np.frombuffer(raw, dtype.dtype).reshape(shape, order="F" if column_major else "C")
+    return torch.from_numpy(array.astype(dtype.dtype.newbyteorder("="), order="C"))
+
+
+def _array_of(data: Any, dtype: Any, shape: Any, column_major: bool) -> _Array:
+    array = _Array()
+    array.tensor = _tensor(data, dtype, shape, column_major)
+    return array
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError("it encodes something that is not bytes")
+    return text.encode("latin1")
+
+
+_CONSTRUCTORS = {
+    ("collections", "OrderedDict"): _Constructor(_Dict),
+    ("numpy", "ndarray"): _Constructor(_Array),
+    ("numpy", "dtype"): _Constructor(_Dtype),
+    ("numpy.core.multiarray", "_reconstruct"): _Constructor(_Array),
+    ("numpy.core.multiarray", "scalar"): _Constructor(lambda dtype, data: _array_of(data, dtype, (), False)),
+    ("numpy.core.numeric", "_frombuffer"): _Constructor(
+        lambda data, dtype, shape, order: _array_of(data, dtype, shape, order == "F")
+    ),
+    ("_codecs", "encode"): _Constructor(_encode),  # how Python 3 writes bytes for Python 2
+}

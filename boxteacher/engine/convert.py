@@ -1,0 +1,74 @@
+"""Weights that others released, written as this library writes its own."""
+
+from pathlib import Path
+
+import torch
+
+from boxteacher.data.coco_categories import COCO_CATEGORIES
+from boxteacher.engine.checkpoint import SegmenterInfo, is_checkpoint, save_checkpoint
+from boxteacher.engine.files import write_atomically
+from boxteacher.engine.segmenters import build_segmenter
+from boxteacher.engine.weights import WholeModel, as_whole_model, fill, read_released, some
+from boxteacher.errors import InputError
+
+# COCO's usual size, which released segmenters were trained and measured with.
+_LONGEST_SIDE, _SHORTEST_SIDE = 1333, 800
+
+
+def convert(source: Path, destination: Path) -> str:
+    """Writes released weights as a checkpoint to evaluate, or, of a backbone alone, as its state dict.
+
+    Args:
+        source: what others released; see `boxteacher.engine.weights.read_released`.
+        destination: must not exist.
+
+    Returns:
+        What the file holds and what became of its entries, in one line.
+
+    Raises:
+        InputError: the file cannot be read, is of an unknown kind, or does not fit; nothing is written.
+    """
+    if destination.exists():
+        raise InputError(f"{destination} exists: give another name, or remove that file first")
+    if is_checkpoint(source):
+        raise InputError(f"{source}: is a checkpoint of this library already; evaluate it as it is")
+    released = read_released(source)
+    if released is None:
+        raise InputError(
+            f"{source}: holds none of the released weights that are known: give a checkpoint of CondInst, "
+            "BoxTeacher or SOLOv2, or an ImageNet backbone of detectron2 (other backbones' own state dicts "
+            "need no conversion)"
+        )
+    if released.model is None:
+        write_atomically(destination, lambda path: torch.save(released.weights, path))
+        use = f"give it as --weights with --backbone {released.backbone}"
+    else:
+        _write_segmenter(as_whole_model(released, source), destination)
+        use = "evaluate it, or give it as --weights"
+    entries = f"{len(released.weights)} entries"
+    if released.left_out:
+        entries += (
+            f", and {len(released.left_out)} that the network does not need ({some(released.left_out)})"
+        )
+    return f"{destination}: {released.description}; {entries}; {use}"
+
+
+def _write_segmenter(whole: WholeModel, destination: Path) -> None:
+    segmenter = build_segmenter(
+        whole.model, whole.num_classes, backbone=whole.backbone, weights="none", image_size=_LONGEST_SIDE
+    )
+    fill(segmenter, whole.num_classes, whole)
+    categories = (
+        COCO_CATEGORIES
+        if whole.num_classes == len(COCO_CATEGORIES)
+        else {i + 1: f"class {i + 1}" for i in range(whole.num_classes)}
+    )
+    info = SegmenterInfo(
+        model=whole.model,
+        backbone=whole.backbone,
+        image_size=_LONGEST_SIDE,
+        shortest_side=_SHORTEST_SIDE,
+        class_names=list(categories.values()),
+        category_ids=list(categories),
+    )
+    save_checkpoint(destination, segmenter, info)

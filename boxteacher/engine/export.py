@@ -1,0 +1,219 @@
+"""A trained segmenter in a file that needs no BoxTeacher, checked against the segmenter itself."""
+
+import copy
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import resize
+
+from boxteacher.data.images import read_image
+from boxteacher.engine.checkpoint import load_checkpoint
+from boxteacher.engine.files import write_atomically
+from boxteacher.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+OUTPUTS = ("boxes", "labels", "scores", "masks")
+
+# Sums in another order move a probability by 1e-6 to 1e-5. Boxes that are the extents of masks move by whole
+# pixels, where a pixel's probability is all but ½.
+_LARGEST_DIFFERENCE = {"boxes": 1.0, "labels": 0.0, "scores": 1e-3, "masks": 1e-3}
+
+_Found = tuple[Tensor, ...]
+_Network = Callable[[Tensor], _Found]
+
+
+class SingleImage(nn.Module):
+    """A segmenter as a function of one tensor.
+
+    Args:
+        segmenter: in evaluation mode.
+    """
+
+    def __init__(self, segmenter: nn.Module) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+        self.eval()
+
+    def forward(self, image: Tensor) -> _Found:
+        """Of an image (3, H, W): boxes (K, 4), labels (K,), scores (K,), mask probabilities (K, 1, H, W)."""
+        (found,) = self.segmenter([image])
+        return tuple(found[name] for name in OUTPUTS)
+
+
+def export(
+    checkpoint: Path,
+    output: Path,
+    *,
+    image_size: tuple[int, int] | None = None,
+    image: Path | None = None,
+) -> Path:
+    """Writes a checkpoint's segmenter in the format that the output's suffix names, and checks what it wrote.
+
+    `.pt` is the plain state dict. `.pt2` is a program of `torch.export` and `.onnx` one of ONNX: both take an
+    image (3, H, W) of one size, RGB in [0, 1], and give `SingleImage`'s four tensors. The file is loaded
+    again and must find in an image what the segmenter finds there; the largest difference is logged.
+
+    Args:
+        checkpoint: as `train` writes it.
+        output: file to write; must not exist.
+        image_size: height and width in pixels; the square of the checkpoint's longest side by default.
+        image: to check with, resized to `image_size`; random pixels by default.
+
+    Returns:
+        `output`.
+
+    Raises:
+        InputError: the arguments cannot be used, the segmenter cannot be had in that format, or what was
+            written finds something else; there is no file then.
+    """
+    _check_output(output)
+    segmenter, info = load_checkpoint(checkpoint)
+    network = SingleImage(segmenter)
+    size = image_size or (info.image_size, info.image_size)
+    if image is None:
+        pixels = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
+    else:
+        pixels = resize(read_image(image), list(size))
+
+    def write(temporary: Path) -> None:
+        reloaded = _WRITERS[output.suffix](network, size, temporary)
+        with torch.no_grad():
+            _compare(network(pixels), reloaded(pixels), output)
+
+    write_atomically(output, write)
+    return output
+
+
+def _check_output(output: Path) -> None:
+    if output.suffix not in _WRITERS:
+        raise InputError(f"{output}: no format {output.suffix!r}: end it in {', '.join(_WRITERS)}")
+    if output.exists():
+        raise InputError(f"{output} exists: move it away or give another name")
+    if not output.parent.is_dir():
+        raise InputError(f"{output}: there is no folder {output.parent}: make it or give another name")
+    missing = [
+        name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None
+    ]
+    if output.suffix == ".onnx" and missing:
+        raise InputError(f"{output} needs {', '.join(missing)}: install boxteacher[export], or write a .pt2")
+
+
+def _write_state(network: SingleImage, size: tuple[int, int], path: Path) -> _Network:
+    torch.save(network.segmenter.state_dict(), path)
+    reloaded = copy.deepcopy(network)
+    reloaded.segmenter.load_state_dict(torch.load(path, weights_only=True))
+    return reloaded
+
+
+def _write_program(network: SingleImage, size: tuple[int, int], path: Path) -> _Network:
+    program = _trace(network, size)
+    with path.open("wb") as file:  # by its name, torch would take a temporary file for a mistake
+        torch.export.save(program, file)
+    with path.open("rb") as file:
+        return torch.export.load(file).module()
+
+
+def _write_onnx(network: SingleImage, size: tuple[int, int], path: Path) -> _Network:
+    import onnxruntime
+
+    from boxteacher.engine.onnx_operators import onnx_operators
+
+    program = _trace(network, size)
+    try:
+        with _quiet():
+            translated: Any = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                input_names=["image"],
+                output_names=list(OUTPUTS),
+                custom_translation_table=onnx_operators(),
+            )
+        translated.save(path, external_data=False)
+        session: Any = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # exporter and runtime raise whatever an operator that they lack leads to
+        raise InputError(
+            f"{_name(network)} cannot be had as ONNX ({_summary(error)}): export a .pt2, or weights as .pt"
+        ) from error
+    return lambda image: tuple(map(torch.from_numpy, session.run(list(OUTPUTS), {"image": image.numpy()})))
+
+
+_WRITERS: dict[str, Callable[[SingleImage, tuple[int, int], Path], _Network]] = {
+    ".pt": _write_state,
+    ".pt2": _write_program,
+    ".onnx": _write_onnx,
+}
+
+
+def _trace(network: SingleImage, size: tuple[int, int]) -> torch.export.ExportedProgram:
+    try:
+        with torch.no_grad(), _quiet():
+            return torch.export.export(network, (torch.zeros(3, *size),), strict=False)
+    except Exception as error:  # tracing raises whatever the untraceable line leads to
+        raise InputError(
+            f"{_name(network)} cannot be traced ({_summary(error)}): export weights as .pt"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back what the tracers tell their own developers, whole graphs included; errors are raised."""
+    silenced = logging.root.manager.disable
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(silenced)
+
+
+def _name(network: SingleImage) -> str:
+    return type(network.segmenter).__name__
+
+
+def _summary(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].strip()
+
+
+def _compare(expected: _Found, actual: _Found, output: Path) -> None:
+    """Logs the largest differences, or raises InputError if one is too large."""
+    count = len(expected[0])
+    if len(actual[0]) != count:
+        raise InputError(
+            f"{output} finds {len(actual[0])} objects where the segmenter finds {count}: nothing was "
+            "written; check with another --image, or export weights as .pt"
+        )
+    if not count:
+        logger.warning("%s: nothing was found to compare: check with --image and an image of objects", output)
+        return
+    order = _counterparts(expected, actual)
+    differences = {
+        name: float((mine - theirs[order]).abs().max())
+        for name, mine, theirs in zip(OUTPUTS, expected, actual, strict=True)
+    }
+    said = ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items())
+    if not all(differences[name] <= most for name, most in _LARGEST_DIFFERENCE.items()):
+        raise InputError(
+            f"{output} differs from the segmenter by {said}: nothing was written; check with another "
+            "--image, or export weights as .pt"
+        )
+    logger.info("%s: %d objects in the image checked with, largest difference: %s", output, count, said)
+
+
+def _counterparts(expected: _Found, actual: _Found) -> Tensor:
+    """(K,) int64, which of the actual detections each expected one is likest to: near equals may swap."""
+    mine, theirs = (
+        torch.cat([boxes, labels[:, None], scores[:, None]], 1)
+        for boxes, labels, scores, _ in (expected, actual)
+    )
+    return torch.cdist(mine, theirs, p=torch.inf).argmin(1)

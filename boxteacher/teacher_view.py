@@ -1,0 +1,93 @@
+"""What the teacher looks at: the images as they are, or at another scale, and the way back."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from boxteacher.geometry import canvas_size
+from boxteacher.resampling import upsample_aligned
+
+
+class TeacherView:
+    """The images of a batch at the teacher's scale.
+
+    Args:
+        images: (3, H_i, W_i) each, the student's.
+        size: shortest and greatest longest side in pixels; None leaves the images as they are.
+
+    Attributes:
+        images: (3, H'_i, W'_i) each, for the teacher.
+    """
+
+    def __init__(self, images: Sequence[Tensor], size: tuple[int, int] | None) -> None:
+        self.images = list(images) if size is None else [_resized(image, *size) for image in images]
+        device = images[0].device
+        self._sizes = torch.tensor([image.shape[-2:] for image in images], device=device)  # (B, 2)
+        self._view_sizes = torch.tensor([image.shape[-2:] for image in self.images], device=device)  # (B, 2)
+        self._rescaled = size is not None
+
+    def grid_size(self, mask_stride: int, size_divisor: int) -> tuple[int, int]:
+        """Height and width of the mask grid on the canvas of the teacher's images."""
+        height, width = canvas_size(self.images, size_divisor)
+        return height // mask_stride, width // mask_stride
+
+    def boxes_of_images(self, boxes: Tensor, image_index: Tensor) -> Tensor:
+        """Boxes (K, 4) in pixels of the teacher's images (K,) as boxes in pixels of the student's."""
+        if not self._rescaled:
+            return boxes
+        scale = (self._sizes / self._view_sizes).flip(1).repeat(1, 2)  # (B, 4)
+        return boxes * scale[image_index]
+
+    def masks_of_images(
+        self, probabilities: Tensor, image_index: Tensor, mask_stride: int, height: int, width: int
+    ) -> Tensor:
+        """Masks at every pixel of the student's canvas; 0 outside their image.
+
+        Args:
+            probabilities: (E, h', w') in [0, 1] on the mask grid of the teacher's canvas.
+            image_index: (E,) int64.
+            mask_stride: pixels per grid cell.
+            height: of the student's canvas in pixels.
+            width: likewise.
+
+        Returns:
+            (E, height, width) in [0, 1].
+        """
+        pixels = upsample_aligned(probabilities[:, None], mask_stride)  # (E, 1, H', W')
+        row = torch.arange(height, device=pixels.device)
+        column = torch.arange(width, device=pixels.device)
+        sizes = self._sizes[image_index]  # (E, 2)
+        inside = (row < sizes[:, :1])[:, :, None] & (column < sizes[:, 1:])[:, None, :]  # (E, H, W)
+        if not self._rescaled:
+            return pixels[:, 0] * inside
+        view_sizes = self._view_sizes[image_index]  # (E, 2)
+        canvas = torch.tensor(pixels.shape[-2:], device=pixels.device)
+        y, x = (
+            _sampling_points(place, sizes[:, k], view_sizes[:, k], canvas[k])
+            for k, place in enumerate((row, column))
+        )  # (E, H), (E, W)
+        points = torch.stack(
+            [x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], 3
+        )  # (E, H, W, 2)
+        return F.grid_sample(pixels, points, align_corners=False)[:, 0] * inside
+
+
+def _sampling_points(pixel: Tensor, size: Tensor, view_size: Tensor, canvas: Tensor) -> Tensor:
+    """Where pixels (N,) of images (E,) lie in the teacher's canvas, (E, N), as `grid_sample` has it.
+
+    Beyond the outermost pixels of the teacher's image their values go on.
+    """
+    place = (pixel + 0.5) * (view_size / size)[:, None] - 0.5  # (E, N) in the teacher's pixels
+    place = place.clamp(min=0).minimum(view_size[:, None] - 1)
+    return (2 * place + 1) / canvas - 1
+
+
+def _resized(image: Tensor, shortest: int, longest: int) -> Tensor:
+    height, width = image.shape[-2:]
+    scale = shortest / min(height, width)
+    if scale * max(height, width) > longest:
+        scale = longest / max(height, width)
+    size = [max(1, int(side * scale + 0.5)) for side in (height, width)]
+    return F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]

@@ -1,0 +1,176 @@
+"""The optimizers and schedules of a run, against torch's own and closed forms."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from boxteacher import InputError
+from boxteacher.engine.optimization import build_optimizer, build_schedule
+from boxteacher.engine.settings import TrainSettings
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
+        self.head = nn.Conv2d(2, 2, 1)
+
+
+def made(**values: Any) -> TrainSettings:
+    return TrainSettings("tiny", Path(), Path(), device="cpu", **values)
+
+
+def rates(values: TrainSettings, steps: int) -> list[float]:
+    """Learning rate of each step."""
+    optimizer = build_optimizer(Tiny(), values)
+    schedule = build_schedule(optimizer, values)
+    taken = []
+    for _ in range(steps):
+        taken.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return taken
+
+
+def rates_of_torch(schedule: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    taken = []
+    for _ in range(steps):
+        taken.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return taken
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    warmup=st.integers(2, 40),
+    milestones=st.sets(st.integers(1, 70), min_size=1, max_size=3).map(sorted),
+    optimizer=st.sampled_from(["sgd", "adamw"]),
+)
+def test_milestones_are_those_of_torch_with_its_linear_warm_up(warmup, milestones, optimizer):
+    lr = torch.optim.lr_scheduler
+    reference = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.01)
+    schedule = lr.ChainedScheduler(
+        [
+            lr.LinearLR(reference, start_factor=1 / warmup, total_iters=warmup - 1),
+            lr.MultiStepLR(reference, milestones, gamma=0.1),
+        ]
+    )
+    ours = rates(
+        made(lr=0.01, steps=80, optimizer=optimizer, lr_warmup_steps=warmup, lr_steps=tuple(milestones)), 80
+    )
+    # torch multiplies step after step: 80 roundings of float64
+    assert ours == pytest.approx(rates_of_torch(schedule, reference, 80), rel=1e-12)
+
+
+@settings(max_examples=10, deadline=None)
+@given(warmup=st.integers(2, 40))
+def test_the_cosine_is_that_of_torch_after_its_linear_warm_up(warmup):
+    lr = torch.optim.lr_scheduler
+    reference = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.01)
+    schedule = lr.SequentialLR(
+        reference,
+        [
+            lr.LinearLR(reference, start_factor=1 / warmup, total_iters=warmup - 1),
+            lr.CosineAnnealingLR(reference, T_max=80 - warmup),
+        ],
+        milestones=[warmup],
+    )
+    expected = rates_of_torch(schedule, reference, 80)
+    # torch's recursion loses digits as the rate goes to nothing
+    assert rates(made(lr=0.01, steps=80, lr_warmup_steps=warmup), 80) == pytest.approx(expected, abs=1e-10)
+
+
+def test_no_warm_up_begins_at_the_full_rate():
+    assert rates(made(lr=0.25, lr_warmup_steps=0, lr_steps=(2,)), 4) == [0.25, 0.25, 0.025, 0.025]
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(10, 1), (1000, 50), (100_000, 500)])
+def test_the_warm_up_scales_with_the_run(steps, expected):
+    assert made(steps=steps).resolved().lr_warmup_steps == expected
+    assert rates(made(lr=1.0, steps=steps), 1) == [pytest.approx(1 / expected)]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_decay_shrinks_weights_and_neither_norms_nor_biases(optimizer):
+    """Without a gradient, one step leaves 1 − lr · decay of a weight; so the backbone's rate shows too."""
+    model = Tiny()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+            parameter.grad = torch.zeros_like(parameter)
+    values = made(optimizer=optimizer, lr=0.5, weight_decay=0.25, backbone_lr_factor=0.5)
+    build_optimizer(model, values).step()
+    left = {name: parameter.unique().tolist() for name, parameter in model.named_parameters()}
+    assert left == {
+        "backbone.0.weight": [1 - 0.5 * 0.5 * 0.25],
+        "backbone.0.bias": [1.0],
+        "backbone.1.weight": [1.0],
+        "backbone.1.bias": [1.0],
+        "head.weight": [1 - 0.5 * 0.25],
+        "head.bias": [1.0],
+    }
+
+
+def test_sgd_has_the_momentum_of_the_published_schedules():
+    """Under a constant gradient of 1 the steps are lr · (1, 1 + 0.9, …)."""
+    model = nn.Conv2d(1, 1, 1)
+    optimizer = build_optimizer(model, made(optimizer="sgd", lr=1.0, weight_decay=0.0))
+    with torch.no_grad():
+        model.weight.zero_()
+    for expected in (-1.0, -2.9, -5.61):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        assert model.weight.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_is_frozen_is_not_optimized():
+    model = Tiny()
+    model.backbone.requires_grad_(False)
+    optimizer = build_optimizer(model, made())
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.head.parameters()}
+
+
+def test_a_rate_of_its_own_needs_a_backbone():
+    with pytest.raises(InputError, match=r"backbone_lr_factor is 0\.1.*tiny.*leave") as caught:
+        build_optimizer(nn.Conv2d(3, 3, 1), made(backbone_lr_factor=0.1))
+    assert "\n" not in str(caught.value)
+
+
+def test_milestones_that_are_never_reached_are_told(caplog):
+    build_schedule(build_optimizer(Tiny(), made()), made(steps=20, lr_steps=(20, 30)))
+    assert "never falls" in caplog.text
+    caplog.clear()
+    build_schedule(build_optimizer(Tiny(), made()), made(steps=20, lr_steps=(19, 30)))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("optimizer", "adam"),
+        ("augmentation", "weak"),
+        ("backbone_lr_factor", 0.0),
+        ("weight_decay", -1e-4),
+        ("weight_decay", float("nan")),
+        ("gradient_clip", -1.0),
+        ("gradient_clip", float("inf")),
+        ("lr_warmup_steps", -1),
+        ("mask_samples", 0),
+        ("shortest_side", (640, 0)),
+        ("lr_steps", (0, 5)),
+        ("lr_steps", (80, 60)),
+        ("lr_steps", (60, 60)),
+    ],
+)
+def test_settings_out_of_range_are_named_in_one_line(name, value):
+    with pytest.raises(InputError, match=f"^{name} is ") as caught:
+        made(**{name: value})
+    assert "\n" not in str(caught.value)

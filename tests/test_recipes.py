@@ -1,0 +1,253 @@
+"""Recipes: the published schedules, changed by whatever the command line says."""
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from boxteacher import InputError
+from boxteacher.cli import main
+from boxteacher.engine import evaluate as evaluation
+from boxteacher.engine import predict as prediction
+from boxteacher.engine import train as training
+from boxteacher.engine.checkpoint import SegmenterInfo, load_checkpoint
+from boxteacher.engine.drawing import write_picture
+from boxteacher.engine.optimization import build_optimizer, build_schedule
+from boxteacher.engine.recipes import find_recipe, recipe_names
+from boxteacher.engine.segmenters import build_segmenter
+from boxteacher.engine.settings import TrainSettings
+from tests.engine_support import error_of, log_of
+
+SIDES = (640, 672, 704, 736, 768, 800)
+SHORT = {"steps": 90_000, "lr_steps": (60_000, 80_000), "augmentation": "strong"}
+LONG = {"steps": 270_000, "lr_steps": (210_000, 250_000), "augmentation": "stronger"}
+SGD = {"optimizer": "sgd", "lr": 0.01, "weight_decay": 1e-4}
+ADAMW = {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.05}
+PUBLISHED = {
+    "condinst_r50_1x": ("resnet50_caffe", SHORT, SGD, "32.6", "32.9"),
+    "condinst_r50_3x": ("resnet50_caffe", LONG, SGD, "34.9", "35.0"),
+    "condinst_r101_3x": ("resnet101_caffe", LONG, SGD, "36.2", "36.5"),
+    "condinst_r101_dcn_3x": ("resnet101_caffe_dcn", LONG, SGD, "37.2", "37.6"),
+    "condinst_swin_b_3x": ("swin_b_caffe", LONG, ADAMW, "40.2", "40.5"),
+}
+OTHERS = {
+    "solov2_r50_3x": {"model": "solov2", **SGD, **LONG},
+    "mask_rcnn_r50_1x": {"model": "mask_rcnn", **SGD, **SHORT, "lr": 0.02},
+    "mask2former_r50_50ep": {
+        "model": "mask2former",
+        **ADAMW,
+        "steps": 368_750,
+        "lr_steps": (327_778, 355_092),
+        "backbone_lr_factor": 0.1,
+        "gradient_clip": 0.01,
+    },
+}
+NAMES = sorted({*PUBLISHED, *OTHERS})
+
+
+def settings_of(name: str) -> TrainSettings:
+    return TrainSettings(**find_recipe(name).settings, data=Path("coco"), output=Path("run"), device="cpu")
+
+
+def differing(actual: TrainSettings, expected: dict[str, Any]) -> dict[str, Any]:
+    return {k: getattr(actual, k) for k, value in expected.items() if getattr(actual, k) != value}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_row_has_its_table_s_values(name):
+    backbone, schedule, optimizer, val, test_dev = PUBLISHED[name]
+    expected = {"model": "condinst", "backbone": backbone, "mask_samples": 64, **schedule, **optimizer}
+    expected |= {"batch_size": 16, "shortest_side": SIDES, "image_size": 1333, "lr_warmup_steps": 1000}
+    expected |= {"teacher_size": (800, 1333), "quality_at": "image"}
+    made = settings_of(name)
+    assert differing(made, expected) == {}
+    assert (made.supervision, made.weights) == ("teacher", "imagenet")
+    # The released code's, which the length of the run leads to.
+    released = {"warmup_steps": 10_000, "pseudo_warmup_steps": 10_000, "momentum": 0.999}
+    assert differing(made.resolved(), released) == {}
+    assert find_recipe(name).summary.endswith(f"published mask AP: val {val}, test-dev {test_dev}.")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_segmenter_has_its_own_schedule_and_claims_no_figure(name):
+    expected = {"backbone": "resnet50", "batch_size": 16, "shortest_side": SIDES, **OTHERS[name]}
+    assert differing(settings_of(name), expected) == {}
+    assert find_recipe(name).summary.endswith("no AP from boxes alone is published.")
+
+
+def test_the_learning_rate_goes_as_the_table_says():
+    values = settings_of("condinst_r50_1x")
+    model = torch.nn.Conv2d(1, 1, 1)
+    (factor, *_) = build_schedule(build_optimizer(model, values), values).lr_lambdas
+    rates = {
+        step: 0.01 * factor(step) for step in (0, 499, 999, 1000, 59_999, 60_000, 79_999, 80_000, 89_999)
+    }
+    assert rates == pytest.approx(
+        {0: 1e-5, 499: 5e-3, 999: 1e-2, 1000: 1e-2, 59_999: 1e-2}
+        | {60_000: 1e-3, 79_999: 1e-3, 80_000: 1e-4, 89_999: 1e-4}
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_builds_its_segmenter_and_its_optimizer(name):
+    made = settings_of(name)
+    # torchvision's Mask R-CNN reads the values of its mean and deviation, which the meta device has not.
+    with torch.device("cpu" if made.model == "mask_rcnn" else "meta"):
+        segmenter = build_segmenter(
+            made.model,
+            80,
+            backbone=made.backbone,
+            weights="none",
+            image_size=made.image_size,
+            mask_samples=made.mask_samples,
+        )
+    assert getattr(segmenter, "max_samples", None) == made.mask_samples
+    rates = {group["lr"] for group in build_optimizer(segmenter, made).param_groups}
+    assert rates == {made.lr, made.lr * made.backbone_lr_factor}
+
+
+def test_the_list_names_every_recipe_with_its_summary(capsys):
+    assert main(["recipes"]) == 0
+    rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, _ in rows] == NAMES == recipe_names()
+    assert all(summary == find_recipe(name).summary for name, summary in rows)
+
+
+def test_an_unknown_recipe_is_answered_with_their_names(capsys):
+    for name in ("condinst_r50_2x", "", "__init__", "condinst_r50_1x.py"):
+        message = error_of(["train", "--recipe", name, "--data", "coco"], capsys)
+        assert all(known in message for known in (repr(name), *NAMES))
+        with pytest.raises(InputError, match="no recipe"):
+            find_recipe(name)
+
+
+def test_a_recipe_is_not_changed_by_who_uses_it():
+    find_recipe("condinst_r50_1x").settings["lr"] = 5.0
+    assert find_recipe("condinst_r50_1x").settings["lr"] == 0.01
+
+
+def test_without_a_recipe_model_and_output_must_be_given(capsys):
+    data = ["train", "--data", "coco"]
+    assert "--model and --output must be given" in error_of(data, capsys)
+    assert "error: --output must be given" in error_of([*data, "--model", "condinst"], capsys)
+    assert "error: --model must be given" in error_of([*data, "--output", "run"], capsys)
+
+
+count = st.integers(1, 10**6)
+sides = st.lists(count, max_size=4).map(tuple)
+positive = st.floats(1e-6, 10)
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "model": st.sampled_from(["condinst", "solov2", "my_own"]),
+    "backbone": st.sampled_from(["resnet18", "efficientnet_lite0"]),
+    "data": st.sampled_from([Path("coco"), Path("a b/c")]),
+    "output": st.sampled_from([Path("runs/a"), Path("b")]),
+    "supervision": st.sampled_from(["teacher", "box", "mask"]),
+    "steps": count,
+    "batch_size": count,
+    "image_size": count,
+    "shortest_side": sides,
+    "augmentation": st.sampled_from(["none", "strong", "stronger"]),
+    "mask_samples": count,
+    "optimizer": st.sampled_from(["adamw", "sgd"]),
+    "lr": positive,
+    "backbone_lr_factor": positive,
+    "weight_decay": st.just(0.0) | positive,
+    "gradient_clip": st.just(0.0) | positive,
+    "lr_warmup_steps": st.just(0) | count,
+    "lr_steps": st.sets(count, max_size=3).map(sorted).map(tuple),
+    "weights": st.sampled_from(["imagenet", "none", Path("file.pth")]),
+    "seed": st.integers(0, 2**31),
+    "device": st.sampled_from(["cpu", "cuda:1"]),
+    "workers": st.integers(0, 8),
+    "warmup_steps": st.just(0) | count,
+    "pseudo_warmup_steps": st.just(0) | count,
+    "momentum": st.floats(0, 1),
+    "teacher_size": st.just(()) | st.tuples(count, count),
+    "quality_at": st.sampled_from(["grid", "image"]),
+}
+
+
+def test_every_setting_is_tried_below():
+    assert {field.name for field in fields(TrainSettings)} == set(VALUES)
+
+
+@settings(max_examples=150, deadline=None)
+@given(name=st.none() | st.sampled_from(NAMES), changes=st.fixed_dictionaries({}, optional=VALUES))
+def test_what_the_command_line_says_wins_and_all_else_is_the_recipe_s(name, changes):
+    """With a recipe and without one, where all else is the default."""
+    required = {"data": Path("coco")} if name else {"data": Path(), "model": "x", "output": Path("run")}
+    changes = {**required, **changes}
+    arguments = ["train", *(["--recipe", name] if name else [])]
+    for field, value in changes.items():
+        texts = value if isinstance(value, tuple) else [value]
+        arguments += ["--" + field.replace("_", "-"), *map(str, texts)]
+    seen: list[TrainSettings] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "train", seen.append)
+        assert main(arguments) == 0
+    recipe = {**find_recipe(name).settings, "output": Path("runs") / name} if name else {}
+    assert [asdict(made) for made in seen] == [asdict(TrainSettings(**{**recipe, **changes}))]
+
+
+def test_a_recipe_and_data_are_the_whole_command(shapes, tmp_path, monkeypatch):
+    """Made tiny; ends in `runs/NAME`, which is then evaluated."""
+    monkeypatch.chdir(tmp_path)
+    tiny = "--steps 2 --batch-size 1 --weights none --image-size 96 --shortest-side 56 64 --workers 0"
+    arguments = ["train", "--recipe", "condinst_r50_1x", "--data", str(shapes), *tiny.split()]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    run = tmp_path / "runs" / "condinst_r50_1x"
+    made_with = json.loads((run / "settings.json").read_text())
+    expected = {"backbone": "resnet50_caffe", "optimizer": "sgd", "lr": 0.01, "lr_steps": [60_000, 80_000]}
+    expected |= {"steps": 2, "batch_size": 1, "shortest_side": [56, 64], "augmentation": "strong"}
+    assert {key: made_with[key] for key in expected} == expected
+    assert [line["lr"] for line in log_of(run)] == pytest.approx([1e-5, 2e-5])
+    assert main(["evaluate", str(run / "last.pt"), "--data", str(shapes), "--workers", "0"]) == 0
+    assert json.loads((run / "metrics.json").read_text())["segm"]["AP"] >= 0
+    assert load_checkpoint(run / "last.pt")[1].shortest_side == 64
+
+
+class SeesSizes(torch.nn.Module):
+    """Detects nothing, and keeps the sizes of what it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+        self.seen: set[tuple[int, ...]] = set()
+
+    def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        self.seen |= {tuple(image.shape) for image in images}
+        masks = [torch.zeros(0, 1, *image.shape[1:]) for image in images]
+        none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+        return [{**none, "masks": mask} for mask in masks]
+
+
+@pytest.mark.parametrize(
+    ("shortest_side", "size"), [(48, (3, 48, 72)), (80, (3, 64, 96)), (None, (3, 64, 96))]
+)
+def test_evaluation_and_prediction_keep_to_the_shortest_side_of_training(
+    tmp_path, monkeypatch, shortest_side, size
+):
+    """An image of 120 × 80 pixels, and a longest side of 96 at most."""
+    (tmp_path / "val").mkdir()
+    write_picture(tmp_path / "val" / "1.png", torch.zeros(3, 80, 120, dtype=torch.uint8))
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "height": 80, "width": 120}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9], "iscrowd": 0}],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "val.json").write_text(json.dumps(content))
+    segmenter = SeesSizes()
+    info = SegmenterInfo("any", "any", 96, ["thing"], [1], shortest_side=shortest_side)
+    for command in (evaluation, prediction):
+        monkeypatch.setattr(command, "load_checkpoint", lambda path: (segmenter, info))
+    evaluation.evaluate(tmp_path / "last.pt", tmp_path, device="cpu", workers=0)
+    assert segmenter.seen == {size}
+    segmenter.seen.clear()
+    prediction.predict(tmp_path / "last.pt", [tmp_path / "val" / "1.png"], tmp_path / "out", device="cpu")
+    assert segmenter.seen == {size}
