@@ -29,36 +29,30 @@ def match_quality(
     return torch.where(same_image & (iou >= iou_threshold), iou, 0.0)
 
 
-def assign_greedily(iou: Tensor, ranking_score: Tensor) -> Tensor:
+def assign_greedily(iou: Tensor, ranking_score: Tensor, most_boxes: int | None = None) -> Tensor:
     """Lets candidates, best first, each choose the box of highest IoU that is still free.
 
-    This is the box-based assignment of BoxTeacher's Algorithm 1. All candidates choose at once: a box keeps
-    its best suitor, those turned down choose again among the boxes that never turned them down, until
-    nobody is turned down. As every box ranks the candidates alike, there is just one stable matching, and
-    the one-by-one choice gives the same.
+    This is the box-based assignment of BoxTeacher's Algorithm 1. In every round all candidates choose at
+    once, among the boxes that no better candidate holds. The best candidate that will own a box holds it
+    after the first round, the next best after the second, and so on: as many rounds as an image has boxes
+    are enough, and nothing is asked of the device.
 
     Args:
         iou: (K, T) as `match_quality` returns it: 0 means that the candidate cannot have the box.
         ranking_score: (K,); of equals, the earlier candidate goes first.
+        most_boxes: of one image; T if not given.
 
     Returns:
         (T,) int64: the candidate of each box, −1 for none.
     """
     candidates, boxes = iou.shape
-    unassigned = torch.full((boxes,), -1, dtype=torch.int64, device=iou.device)
     if candidates == 0 or boxes == 0:
-        return unassigned
+        return torch.full((boxes,), -1, dtype=torch.int64, device=iou.device)
     order = ranking_score.argsort(descending=True, stable=True)  # (K,) best candidate first
     wish = iou[order]  # (K, T)
     place = torch.arange(candidates, device=iou.device)  # (K,)
-    while True:
-        value, choice = wish.max(1)  # (K,)
-        suitor = torch.where(value > 0, place, candidates)
-        best = torch.full((boxes,), candidates, dtype=torch.int64, device=iou.device)
-        best = best.scatter_reduce(0, choice, suitor, "amin")  # (T,) place of each box's best suitor
-        turned_down = (value > 0) & (best[choice] != place)
-        # The loop's length depends on the data, so this waits for the device.
-        if not turned_down.any():
-            break
-        wish = wish.scatter(1, choice[:, None], torch.where(turned_down, 0.0, value)[:, None])
-    return torch.where(best < candidates, order[best.clamp(max=candidates - 1)], unassigned)
+    holder = torch.full((boxes,), candidates, device=iou.device)  # (T,) place of each box's; K for none
+    for _ in range(min(candidates, boxes if most_boxes is None else most_boxes)):
+        value, choice = torch.where(place[:, None] <= holder, wish, 0.0).max(1)  # (K,)
+        holder = holder.scatter_reduce(0, choice, torch.where(value > 0, place, candidates), "amin")
+    return torch.cat([order, order.new_full((1,), -1)])[holder]

@@ -28,6 +28,7 @@ class GridTargets:
         has_mask: (T,) bool, whether there is one.
         inside: (B, h, w) bool, cells that lie in the image, not in its padding.
         valid: (B, h, w) bool, cells inside but for the image's ignored bottom rows.
+        most_boxes: the number of boxes of the image that has most.
     """
 
     boxes: Tensor
@@ -39,6 +40,7 @@ class GridTargets:
     has_mask: Tensor
     inside: Tensor
     valid: Tensor
+    most_boxes: int
 
 
 def grid_targets(
@@ -57,10 +59,8 @@ def grid_targets(
     counts = [len(target["boxes"]) for target in targets]
     boxes = torch.cat([target["boxes"] for target in targets])  # (T, 4)
     labels = torch.cat([target["labels"] for target in targets])  # (T,)
-    image_index = torch.repeat_interleave(
-        torch.arange(len(images), device=device),
-        torch.tensor(counts, device=device),
-        output_size=sum(counts),
+    image_index = torch.cat(
+        [torch.full((count,), i, device=device) for i, count in enumerate(counts)]
     )  # (T,)
     rows, columns = grid_coordinates(height, width, mask_stride, device)
     ignored = [target.get("ignored_bottom_rows", 0) for target in targets]
@@ -75,6 +75,7 @@ def grid_targets(
         has_mask=has_mask,
         inside=_cells_inside(images, [0] * len(images), rows, columns),
         valid=_cells_inside(images, ignored, rows, columns),
+        most_boxes=max(counts),
     )
 
 
@@ -109,11 +110,12 @@ def box_masks(boxes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def _cells_inside(
     images: Sequence[Tensor], ignored_bottom_rows: Sequence[int], rows: Tensor, columns: Tensor
 ) -> Tensor:
-    heights = [image.shape[-2] - ignored for image, ignored in zip(images, ignored_bottom_rows, strict=True)]
-    widths = [image.shape[-1] for image in images]
-    height = torch.tensor(heights, device=rows.device)[:, None, None]  # (B, 1, 1)
-    width = torch.tensor(widths, device=rows.device)[:, None, None]  # (B, 1, 1)
-    return (rows[:, None] < height) & (columns < width)  # (B, h, w)
+    return torch.stack(
+        [
+            (rows < image.shape[-2] - ignored)[:, None] & (columns < image.shape[-1])
+            for image, ignored in zip(images, ignored_bottom_rows, strict=True)
+        ]
+    )  # (B, h, w)
 
 
 def _drawn_masks(

@@ -194,7 +194,8 @@ class BoxTeacher(BoxSupervised):
         eligible = (iou > 0).any(1).nonzero()[:, 0]  # (E,)
         scores = candidates.scores[eligible].float()  # (E,)
         probabilities, quality = self._decode(candidates, eligible, view, grid)  # (E, h, w), (E,)
-        chosen = assign_greedily(iou[eligible], ranking_score(scores, quality))  # (T,)
+        ranking = ranking_score(scores, quality)  # (E,)
+        chosen = assign_greedily(iou[eligible], ranking, grid.most_boxes)  # (T,)
         confidence = mask_confidence(scores, quality, self.confidence)  # (E,)
 
         # Index −1, a box that nobody won, finds the blank entry at the end.

@@ -23,9 +23,7 @@ class TeacherView:
 
     def __init__(self, images: Sequence[Tensor], size: tuple[int, int] | None) -> None:
         self.images = list(images) if size is None else [_resized(image, *size) for image in images]
-        device = images[0].device
-        self._sizes = torch.tensor([image.shape[-2:] for image in images], device=device)  # (B, 2)
-        self._view_sizes = torch.tensor([image.shape[-2:] for image in self.images], device=device)  # (B, 2)
+        self._originals = list(images)
         self._rescaled = size is not None
 
     def grid_size(self, mask_stride: int, size_divisor: int) -> tuple[int, int]:
@@ -37,7 +35,7 @@ class TeacherView:
         """Boxes (K, 4) in pixels of the teacher's images (K,) as boxes in pixels of the student's."""
         if not self._rescaled:
             return boxes
-        scale = (self._sizes / self._view_sizes).flip(1).repeat(1, 2)  # (B, 4)
+        scale = (_sizes(self._originals) / _sizes(self.images)).flip(1).repeat(1, 2)  # (B, 4)
         return boxes * scale[image_index]
 
     def masks_of_images(
@@ -58,11 +56,11 @@ class TeacherView:
         pixels = upsample_aligned(probabilities[:, None], mask_stride)  # (E, 1, H', W')
         row = torch.arange(height, device=pixels.device)
         column = torch.arange(width, device=pixels.device)
-        sizes = self._sizes[image_index]  # (E, 2)
+        sizes = _sizes(self._originals)[image_index]  # (E, 2)
         inside = (row < sizes[:, :1])[:, :, None] & (column < sizes[:, 1:])[:, None, :]  # (E, H, W)
         if not self._rescaled:
             return pixels[:, 0] * inside
-        view_sizes = self._view_sizes[image_index]  # (E, 2)
+        view_sizes = _sizes(self.images)[image_index]  # (E, 2)
         canvas = torch.tensor(pixels.shape[-2:], device=pixels.device)
         y, x = (
             _sampling_points(place, sizes[:, k], view_sizes[:, k], canvas[k])
@@ -72,6 +70,11 @@ class TeacherView:
             [x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], 3
         )  # (E, H, W, 2)
         return F.grid_sample(pixels, points, align_corners=False)[:, 0] * inside
+
+
+def _sizes(images: Sequence[Tensor]) -> Tensor:
+    """Heights and widths (B, 2)."""
+    return torch.tensor([image.shape[-2:] for image in images], device=images[0].device)
 
 
 def _sampling_points(pixel: Tensor, size: Tensor, view_size: Tensor, canvas: Tensor) -> Tensor:

@@ -48,10 +48,31 @@ def test_large_problems_are_assigned_alike(size):
 
 
 def test_everyone_wanting_the_same_boxes_is_sorted_out():
-    """The longest chain of refusals: all candidates rank all boxes alike."""
+    """The longest chain of refusals: all candidates rank all boxes alike, so each round settles just one."""
     iou = torch.linspace(1, 0.5, 12).expand(12, 12)
     score = torch.linspace(0.1, 0.9, 12)
     assert assign_greedily(iou, score).tolist() == list(range(11, -1, -1))
+
+
+def test_who_is_turned_down_at_the_last_finds_what_is_left():
+    """All rank the boxes alike but the worst, whose first wish is the box that goes away last."""
+    iou = torch.linspace(1, 0.5, 12).repeat(12, 1)
+    iou[11, 10] = 2.0
+    score = torch.linspace(0.9, 0.1, 12)
+    assert assign_greedily(iou, score).tolist() == list(range(12))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), min_size=1, max_size=4), st.randoms())
+def test_rounds_for_the_image_with_most_boxes_are_enough_for_all(sizes, random):
+    blocks = []
+    for candidates, boxes in sizes:
+        values = [random.choice([0.0, 0.5, 0.75, 1.0]) for _ in range(candidates * boxes)]
+        blocks.append(torch.tensor(values).reshape(candidates, boxes))
+    iou = torch.block_diag(*blocks)
+    score = torch.tensor([random.choice([0.25, 0.5, 0.75]) for _ in range(len(iou))])
+    chosen = assign_greedily(iou, score, max(boxes for _, boxes in sizes))
+    assert chosen.tolist() == serially(iou.tolist(), score.tolist(), iou.shape[1])
 
 
 @settings(max_examples=50, deadline=None)

@@ -193,6 +193,7 @@ def test_only_masks_that_are_said_to_be_drawn_count():
     grid = grid_targets(seeded_images((32, 32), (32, 32)), targets, 4, 32)
     assert grid.has_mask.tolist() == [False, True, False]
     assert grid.image_index.tolist() == [0, 0, 1]
+    assert grid.most_boxes == 2
 
 
 @pytest.mark.parametrize("ignored", [0, 1, 5, 10, 31])

@@ -143,7 +143,8 @@ def fill(segmenter: nn.Module, num_classes: int, whole: WholeModel) -> list[str]
     unfit = [name for name in wanted if name in weights and weights[name].shape != wanted[name].shape]
     classifier: list[str] = []
     if num_classes != whole.num_classes:
-        classifier = [name for name in unfit if weights[name].shape[1:] == wanted[name].shape[1:]]
+        classes = whole.num_classes, num_classes
+        classifier = [name for name in unfit if _per_class(weights[name], wanted[name], *classes)]
     unfit = [name for name in unfit if name not in classifier]
     problems = [
         f"{len(names)} {problem} ({some(names)})"
@@ -158,6 +159,13 @@ def fill(segmenter: nn.Module, num_classes: int, whole: WholeModel) -> list[str]
     fitting = {name: value for name, value in weights.items() if name not in classifier}
     segmenter.load_state_dict(fitting, strict=False)
     return classifier
+
+
+def _per_class(theirs: Tensor, ours: Tensor, their_classes: int, our_classes: int) -> bool:
+    """Whether two entries differ by the numbers of classes alone, with or without one for background."""
+    if theirs.ndim == 0 or theirs.shape[1:] != ours.shape[1:]:
+        return False
+    return any(len(theirs) * (our_classes + k) == len(ours) * (their_classes + k) for k in (0, 1))
 
 
 def some(names: Sequence[str]) -> str:

@@ -93,7 +93,7 @@ def box_canvases(extents: Tensor, grid: tuple[int, int], border: int) -> Iterato
     _, counts = torch.unique_consecutive(torch.stack([width_class, sheet]), dim=1, return_counts=True)
     for masks in order.split(counts.tolist()):
         rows, columns = int(heights[masks].sum()), int(widths[masks].max())
-        yield _canvas(extents, masks.to(extents.device), rows, columns, grid, border)
+        yield _canvas(extents, masks.to(extents.device, non_blocking=True), rows, columns, grid, border)
 
 
 def _sizes(extents: Tensor, border: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,121 @@
+"""A device that notes whenever the program waits for it, on a machine that has none.
+
+Its tensors are computed at once on the CPU, but say that they live on "meta". Their values come to the
+program only by operations that would make it wait for a real device, each of which is noted.
+"""
+
+import sys
+from collections import Counter
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_any, tree_map_only
+
+DEVICE = torch.device("meta")
+_SIZE_DEPENDS_ON_VALUES = (
+    "nonzero",
+    "masked_select",
+    "unique",
+    "_unique2",
+    "unique_consecutive",
+    "unique_dim",
+)
+_INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
+
+
+class DeviceTensor(Tensor):
+    """A tensor on the simulated device; `values` is what it holds."""
+
+    values: Tensor
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> "DeviceTensor":
+        return Tensor._make_wrapper_subclass(
+            cls, values.shape, strides=values.stride(), dtype=values.dtype, device=DEVICE
+        )
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(f"{func} met a simulated tensor outside of SimulatedDevice")
+
+
+class SimulatedDevice(TorchDispatchMode):
+    """While entered, simulates the device; `waits` counts waits by file of the package and operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[tuple[str, str]] = Counter()
+        self._constructors = _Constructors(self)
+
+    def __enter__(self) -> "SimulatedDevice":
+        self._constructors.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._constructors.__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        reads = tree_any(_is_simulated, (args, kwargs))
+        wanted = kwargs.get("device")
+        writes = reads if wanted is None else torch.device(wanted) == DEVICE
+        if wanted is not None:
+            kwargs["device"] = torch.device("cpu")
+        if (reads and _needs_values(func, args, kwargs)) or (reads != writes and _copies(func, kwargs)):
+            self.note(func.overloadpacket.__name__)
+        args, kwargs = tree_map_only(DeviceTensor, attrgetter("values"), (args, kwargs))
+        result = func(*args, **kwargs)
+        return tree_map_only(Tensor, DeviceTensor, result) if writes else result
+
+    def note(self, operation: str) -> None:
+        """Counts a wait, by the file of the package that caused it."""
+        frame = sys._getframe()
+        while frame.f_back and f"{Path('boxteacher')}/" not in frame.f_code.co_filename.replace("\\", "/"):
+            frame = frame.f_back
+        self.waits[Path(frame.f_code.co_filename).name, operation] += 1
+
+
+class _Constructors(TorchFunctionMode):
+    """`torch.tensor` and `new_tensor` copy Python's numbers, and the program waits for the copy."""
+
+    def __init__(self, device: SimulatedDevice) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.new_tensor and _is_simulated(args[0]):
+            kwargs = {"dtype": args[0].dtype, **kwargs, "device": DEVICE}
+            func, args = torch.tensor, args[1:]
+        device = kwargs.get("device")
+        if func in (torch.tensor, torch.as_tensor) and device is not None and torch.device(device) == DEVICE:
+            self._device.note("tensor")
+            return DeviceTensor(func(*args, **{**kwargs, "device": "cpu"}))
+        return func(*args, **kwargs)
+
+
+def _needs_values(func: Any, args: Any, kwargs: Any) -> bool:
+    name = func.overloadpacket.__name__
+    if name in _INDEXED:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    if name == "repeat_interleave":
+        return kwargs.get("output_size") is None
+    return name in ("_local_scalar_dense", "equal", "is_nonzero", *_SIZE_DEPENDS_ON_VALUES)
+
+
+def _copies(func: Any, kwargs: Any) -> bool:
+    return func.overloadpacket.__name__ == "_to_copy" and not kwargs.get("non_blocking")
+
+
+def _is_simulated(value: Any) -> bool:
+    return isinstance(value, DeviceTensor)

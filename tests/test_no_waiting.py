@@ -1,0 +1,140 @@
+"""A training step waits for the device only where the number of something must be known."""
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from boxteacher import BoxTeacher, Candidates, MaskPredictions, StudentOutput
+from boxteacher.assignment import assign_greedily, match_quality
+from tests.simulated_device import DEVICE, DeviceTensor, SimulatedDevice
+from tests.support import seeded_images, target
+
+BOXES = ((4, 4, 40, 40), (20, 8, 60, 30), (0, 30, 30, 62))
+
+
+class OnDevice(nn.Module):
+    """A segmenter that waits for nothing: it gives the tensors that it was made with."""
+
+    mask_stride = 4
+    size_divisor = 16
+
+    def __init__(self, candidates: dict[str, Tensor], logits: Tensor, target_index: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.answers = [(candidates, logits, target_index)]  # in a list, so that a copy shares them
+
+    def __deepcopy__(self, memo: object) -> "OnDevice":
+        return OnDevice(*self.answers[0])
+
+    def forward_teacher(self, images: list[Tensor]) -> Candidates:
+        candidates, logits, _ = self.answers[0]
+        return Candidates(**candidates, decode_masks=lambda index: logits.detach()[index])
+
+    def forward_student(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> StudentOutput:
+        _, logits, target_index = self.answers[0]
+        return StudentOutput({}, [MaskPredictions(logits, target_index)])
+
+
+def step(to_device) -> tuple[BoxTeacher, list[Tensor], list[dict[str, Tensor]], Tensor]:
+    """A model, a batch of two images and five boxes, and the logits that the losses teach."""
+    generator = torch.Generator().manual_seed(0)
+    candidates = {
+        "boxes": torch.tensor([*BOXES, *BOXES[:2], (0, 0, 9, 9)], dtype=torch.float32),
+        "scores": torch.rand(6, generator=generator),
+        "labels": torch.zeros(6, dtype=torch.int64),
+        "image_index": torch.tensor([0, 0, 0, 1, 1, 1]),
+    }
+    logits = to_device(torch.randn(6, 16, 16, generator=generator)).requires_grad_()
+    index = to_device(torch.tensor([0, 1, 2, 3, 4, 4]))
+    model = BoxTeacher(
+        OnDevice({name: to_device(value) for name, value in candidates.items()}, logits, index)
+    )
+    images = [to_device(image) for image in seeded_images((64, 64), (50, 61))]
+    drawn = torch.rand(2, 50, 61, generator=generator) < 0.5
+    targets = [target(*BOXES), target(*BOXES[:2], masks=drawn, has_mask=torch.tensor([True, False]))]
+    targets = [{name: to_device(value) for name, value in each.items()} for each in targets]
+    return model.train(), images, targets, logits
+
+
+def test_a_step_waits_for_the_candidates_to_draw_and_for_the_boxes_sizes_alone():
+    with SimulatedDevice() as device:
+        model, images, targets, logits = step(DeviceTensor)
+        torch.manual_seed(1)
+        losses = model(images, targets)
+        sum(losses.values()).backward()
+    assert device.waits == {("teacher.py", "nonzero"): 1, ("canvas.py", "_to_copy"): 1}
+    # The simulation computes what the CPU does, so the step it watched was a whole one.
+    model, images, targets, expected = step(torch.clone)
+    torch.manual_seed(1)
+    on_cpu = model(images, targets)
+    sum(on_cpu.values()).backward()
+    for name, loss in losses.items():
+        assert loss.values > 0
+        torch.testing.assert_close(loss.values, on_cpu[name])
+    torch.testing.assert_close(logits.grad.values, expected.grad)
+
+
+def test_assignment_waits_for_nothing():
+    generator = torch.Generator().manual_seed(0)
+    iou, score = torch.rand(30, 12, generator=generator), torch.rand(30, generator=generator)
+    boxes = torch.rand(4, 4, generator=generator)
+    index = torch.zeros(4, dtype=torch.int64)
+    with SimulatedDevice() as device:
+        chosen = assign_greedily(DeviceTensor(iou), DeviceTensor(score))
+        match_quality(*map(DeviceTensor, (boxes, index, boxes, index)), 0.5)
+    assert not device.waits
+    assert torch.equal(chosen.values, assign_greedily(iou, score))
+
+
+WAITS = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool(x.any()),
+    "cpu": lambda x: x.cpu(),
+    "nonzero": lambda x: x.nonzero(),
+    "boolean index": lambda x: x[x > 0],
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "unique": lambda x: x.unique(),
+    "repeat_interleave": lambda x: torch.repeat_interleave(x, x.long()),
+    "tensor": lambda x: torch.tensor([1, 2], device=x.device),
+    "new_tensor": lambda x: x.new_tensor([1, 2]),
+    "to": lambda x: torch.ones(3).to(x.device),
+}
+WAITLESS = {
+    "where": lambda x: torch.where(x > 0, x, 0.0),
+    "arange": lambda x: torch.arange(3, device=x.device) + x,
+    "index": lambda x: x[x.long()],
+    "repeat_interleave": lambda x: torch.repeat_interleave(x, x.long(), output_size=3),
+    "to": lambda x: torch.ones(3).to(x.device, non_blocking=True),
+    "numbers of the CPU": lambda x: torch.ones(3).sum().item(),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_the_simulated_device_notes_each_kind_of_wait(name):
+    with SimulatedDevice() as device:
+        WAITS[name](DeviceTensor(torch.tensor([0.0, 1.0, 2.0])))
+    assert device.waits.total() == 1
+
+
+@pytest.mark.parametrize("name", WAITLESS)
+def test_the_simulated_device_notes_nothing_else(name):
+    with SimulatedDevice() as device:
+        WAITLESS[name](DeviceTensor(torch.tensor([0.0, 1.0, 2.0])))
+    assert not device.waits
+    assert torch.device("meta") == DEVICE
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_counts_the_same_waits():
+    model, images, targets, _ = step(lambda tensor: tensor.detach().cuda())
+    sum(model(images, targets).values()).backward()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            sum(model(images, targets).values()).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchronizing" in str(warning.message) for warning in caught) == 2
