@@ -143,7 +143,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add(
         "--weights",
         type=_weights,
-        help="of the backbone: a file, 'imagenet' (default; downloaded once) or 'none'",
+        help="a file, of the backbone or of the whole model; 'imagenet' (default; downloaded once) or 'none'",
     )
     add("--seed", type=int, help="of everything random (default 0)")
     add("--device", help="auto (default), cpu, cuda, cuda:1, …")
@@ -151,6 +151,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--warmup-steps", type=_count, help="of the colour-pairwise loss (default: a fifth of the run)")
     add("--pseudo-warmup-steps", type=_count, help="of the losses from pseudo masks (default: the whole run)")
     add("--momentum", type=float, help="of the teacher (default: a memory of a tenth of the run)")
+    add("--iou-threshold", type=float, help="least IoU of a pseudo mask's box with its box (default 0.5)")
     add(
         "--teacher-size",
         type=_positive,

@@ -18,7 +18,7 @@ def mask_quality(mask_probabilities: Tensor, threshold: float = 0.5) -> Tensor:
     Returns:
         (K,) in [0, 1]; 0 for a mask without pixels.
     """
-    foreground = mask_probabilities > threshold
+    foreground = (mask_probabilities > threshold).to(mask_probabilities.dtype)  # (K, h, w)
     total = (mask_probabilities * foreground).sum((1, 2))
     return total / foreground.sum((1, 2)).clamp(min=1)
 

@@ -218,7 +218,7 @@ class BoxTeacher(BoxSupervised):
         probabilities = logits.float().sigmoid()
         image_index = candidates.image_index[eligible]  # (E,)
         if self.quality_at == "grid" and self.teacher_size is None:
-            probabilities = probabilities * grid.inside[image_index]
+            probabilities = probabilities.masked_fill_(~grid.inside[image_index], 0.0)
             return probabilities, mask_quality(probabilities, self.mask_threshold)
         stride = provider.mask_stride
         height, width = (stride * cells for cells in grid.inside.shape[1:])

@@ -16,7 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_map_only
 
+import boxteacher
+
 DEVICE = torch.device("meta")
+_PACKAGE = Path(boxteacher.__file__).parent
 _SIZE_DEPENDS_ON_VALUES = (
     "nonzero",
     "masked_select",
@@ -80,7 +83,7 @@ class SimulatedDevice(TorchDispatchMode):
     def note(self, operation: str) -> None:
         """Counts a wait, by the file of the package that caused it."""
         frame = sys._getframe()
-        while frame.f_back and f"{Path('boxteacher')}/" not in frame.f_code.co_filename.replace("\\", "/"):
+        while frame.f_back and _PACKAGE not in Path(frame.f_code.co_filename).parents:
             frame = frame.f_back
         self.waits[Path(frame.f_code.co_filename).name, operation] += 1
 

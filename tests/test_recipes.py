@@ -167,6 +167,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "warmup_steps": st.just(0) | count,
     "pseudo_warmup_steps": st.just(0) | count,
     "momentum": st.floats(0, 1),
+    "iou_threshold": st.floats(0.01, 1),
     "teacher_size": st.just(()) | st.tuples(count, count),
     "quality_at": st.sampled_from(["grid", "image"]),
 }

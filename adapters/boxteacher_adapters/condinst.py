@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
@@ -238,24 +237,27 @@ class DynamicMaskHead(nn.Module):
         size = self.sizes[level]  # (M,)
         x = (centers[:, :1] - columns) / size[:, None]  # (M, w)
         y = (centers[:, 1:] - rows) / size[:, None]  # (M, h)
-        coordinates = torch.stack(
-            [x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], 1
-        )  # (M, 2, h, w)
-        inputs = torch.cat([coordinates, features[image].float()], 1)  # (M, 2 + in_channels, h, w)
         # Half precision would round coordinates to whole pixels.
         with full_precision(features.device):
-            return self._convolve(inputs.flatten(2), params.float()).unflatten(2, (height, width))
+            (first, first_bias), *others = self._layers(params.float())
+            # Coordinates add a term per column and a term per row, so that no map of them is built.
+            across = first[:, :, 0, None] * x[:, None]  # (M, channels, w)
+            down = first[:, :, 1, None] * y[:, None] + first_bias  # (M, channels, h)
+            place = (across[:, :, None, :] + down[:, :, :, None]).flatten(2)  # (M, channels, h · w)
+            mine = features[image].float().flatten(2)  # (M, in_channels, h · w)
+            out = torch.baddbmm(place, first[:, :, 2:], mine)  # (M, channels, h · w)
+            for weight, bias in others:
+                out = torch.bmm(weight, out.relu_()).add_(bias)
+        return out.unflatten(2, (height, width))
 
-    def _convolve(self, x: Tensor, params: Tensor) -> Tensor:
+    def _layers(self, params: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Weights (M, out, in) and biases (M, out, 1) of each convolution."""
         parts = params.split(self.split, dim=1)
         layers = len(self.weight_shapes)
-        for i, (out, into) in enumerate(self.weight_shapes):
-            weight = parts[i].unflatten(1, (out, into))  # (M, out, into)
-            bias = parts[layers + i].unsqueeze(2)  # (M, out, 1)
-            x = torch.baddbmm(bias, weight, x)  # (M, out, h · w)
-            if i < layers - 1:
-                x = F.relu(x)
-        return x
+        return [
+            (parts[i].unflatten(1, shape), parts[layers + i].unsqueeze(2))
+            for i, shape in enumerate(self.weight_shapes)
+        ]
 
 
 def build_condinst(

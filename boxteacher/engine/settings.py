@@ -39,7 +39,7 @@ class TrainSettings:
             twentieth of the run.
         lr_steps: steps after which the learning rate falls to a tenth, in rising order; if empty, it falls
             in a cosine down to nothing.
-        weights: of the backbone: a file, "imagenet" or "none".
+        weights: a file, of the backbone or of the whole model; or "imagenet" or "none", of the backbone.
         seed: of everything random.
         device: "auto", "cpu", "cuda", "cuda:1", …
         workers: processes that load images.
@@ -47,6 +47,7 @@ class TrainSettings:
         pseudo_warmup_steps: of the losses from pseudo masks; by default 10 000, but at most the whole run.
         momentum: that the teacher's average approaches; by default 0.999, but no longer a memory than a
             tenth of the run.
+        iou_threshold: least IoU of a candidate's box with the box it is assigned to.
         teacher_size: shortest and greatest longest side of the teacher's images in pixels; it sees the
             student's if empty.
         quality_at: where a pseudo mask's quality is measured, on the mask "grid" or at the "image"'s pixels.
@@ -77,12 +78,14 @@ class TrainSettings:
     warmup_steps: int | None = None
     pseudo_warmup_steps: int | None = None
     momentum: float | None = None
+    iou_threshold: float = 0.5
     teacher_size: tuple[int, ...] = ()
     quality_at: Literal["grid", "image"] = "grid"
 
     def __post_init__(self) -> None:
         check_choice("supervision", self.supervision, ("teacher", "box", "mask"))
         check_choice("augmentation", self.augmentation, ("none", "strong", "stronger"))
+        check_range("iou_threshold", self.iou_threshold, above=0, most=1)
         check_choice("quality_at", self.quality_at, ("grid", "image"))
         check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
         check_range("momentum", _given(self.momentum, 0.0), least=0, most=1)

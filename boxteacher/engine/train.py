@@ -154,6 +154,7 @@ def supervise(segmenter: nn.Module, settings: TrainSettings) -> Supervision:
     return BoxTeacher(
         segmenter,
         momentum=momentum,
+        iou_threshold=settings.iou_threshold,
         warmup_steps=warmup,
         pseudo_warmup_steps=settings.pseudo_warmup_steps,
         augmentation=_AUGMENTATIONS[settings.augmentation](),

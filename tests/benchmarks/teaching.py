@@ -1,0 +1,147 @@
+"""What the teacher adds to its forward pass: choosing and drawing pseudo masks, and following the student."""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torchvision.ops import box_iou
+
+from boxteacher import BoxTeacher, Candidates
+from boxteacher.ema import update_ema
+from boxteacher.resampling import upsample_aligned
+from boxteacher.targets import GridTargets, grid_targets
+from boxteacher.teacher import PseudoMasks
+from boxteacher.teacher_view import TeacherView
+from boxteacher_adapters.condinst import CondInst, DynamicMaskHead
+from boxteacher_adapters.parts.backbones import build_backbone
+from tests.benchmarks.measure import Row, in_turns
+
+_STRIDE, _FEATURE_STRIDE, _IMAGES = 4, 8, 2
+
+
+def ema_row(rounds: int) -> Row:
+    """Three streams of memory against two."""
+    teacher = CondInst(build_backbone("resnet50", "none"), num_classes=80).requires_grad_(False)
+    student = copy.deepcopy(teacher)
+    pairs = [(ours, theirs) for ours, theirs in zip(tensors(teacher), tensors(student), strict=True)]
+    parameters = sum(parameter.numel() for parameter in teacher.parameters())
+
+    def follow() -> None:
+        update_ema(teacher, student, 0.999)
+
+    def copied() -> None:
+        for ours, theirs in pairs:
+            ours.copy_(theirs)
+
+    name = f"EMA of {parameters / 1e6:.0f} M parameters over copying them"
+    return in_turns(name, follow, copied, 5 * rounds, None, most_time=1.3)
+
+
+def tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+class Scripted(nn.Module):
+    """A provider that is never asked."""
+
+    mask_stride = _STRIDE
+    size_divisor = 32
+
+    def forward_teacher(self, images: list[Tensor]) -> Candidates:
+        raise NotImplementedError
+
+    forward_student = forward_teacher
+
+
+class Scene:
+    """Candidates with CondInst's dynamic filters, scattered so that a third can win a box."""
+
+    def __init__(self, height: int, width: int, candidates: int, boxes: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        size = torch.tensor([width, height])
+        corner = torch.rand(_IMAGES, boxes, 2, generator=generator) * 0.6 * size
+        sides = (0.1 + 0.3 * torch.rand(_IMAGES, boxes, 2, generator=generator)) * size
+        truth = torch.cat([corner, corner + sides], 2)  # (B, N, 4)
+        near = torch.randint(boxes, (_IMAGES, candidates), generator=generator)
+        moved = 0.3 * torch.randn(_IMAGES, candidates, 4, generator=generator)
+        found = truth.gather(1, near[..., None].expand(-1, -1, 4))
+        found = found + moved * (found[..., 2:] - found[..., :2]).repeat(1, 1, 2)
+        self.images = [torch.zeros(3, height, width) for _ in range(_IMAGES)]
+        targets = [{"boxes": each, "labels": torch.zeros(boxes, dtype=torch.int64)} for each in truth]
+        self.grid: GridTargets = grid_targets(self.images, targets, _STRIDE, 32)
+        self.boxes = found.flatten(0, 1)  # (K, 4)
+        self.image_index = torch.arange(_IMAGES).repeat_interleave(candidates)  # (K,)
+        self.scores = torch.rand(len(self.boxes), generator=generator)
+        head = DynamicMaskHead(16, sizes=(64,), stride=_FEATURE_STRIDE)
+        features = torch.randn(
+            _IMAGES, 16, height // _FEATURE_STRIDE, width // _FEATURE_STRIDE, generator=generator
+        )
+        filters = 0.5 * torch.randn(len(self.boxes), head.num_params, generator=generator)
+        centers = (self.boxes[:, :2] + self.boxes[:, 2:]) / 2
+        levels = torch.zeros(len(self.boxes), dtype=torch.int64)
+
+        def decode(index: Tensor) -> Tensor:
+            logits = head(features, filters[index], self.image_index[index], centers[index], levels[index])
+            return upsample_aligned(logits, _FEATURE_STRIDE // _STRIDE)[:, 0]  # (M, h, w)
+
+        self.decode: Callable[[Tensor], Tensor] = decode
+
+
+def by_the_project(model: BoxTeacher, scene: Scene) -> PseudoMasks:
+    labels = torch.zeros(len(scene.boxes), dtype=torch.int64)
+    candidates = Candidates(scene.boxes, scene.scores, labels, scene.image_index, scene.decode)
+    return model._pseudo_masks(candidates, TeacherView(scene.images, None), scene.grid)
+
+
+def by_drawing_first(scene: Scene) -> PseudoMasks:
+    """Every candidate's mask at the image's size, then a loop over masks and boxes."""
+    count = len(scene.grid.boxes)
+    decoded = scene.decode(torch.arange(len(scene.boxes))).sigmoid()  # (K, h, w)
+    drawn = upsample_aligned(decoded[:, None], _STRIDE)[:, 0]  # (K, H, W)
+    quality = torch.stack([mask[mask > 0.5].mean() for mask in drawn]).nan_to_num()
+    on_grid = drawn[:, _STRIDE // 2 :: _STRIDE, _STRIDE // 2 :: _STRIDE]
+    masks = torch.zeros_like(scene.grid.box_masks)
+    confidence = torch.zeros(count)
+    ranking = (scene.scores * quality).sqrt()
+    for k in ranking.argsort(descending=True, stable=True).tolist():
+        best, owner = 0.0, None
+        for t in range(count):
+            if confidence[t] > 0 or scene.image_index[k] != scene.grid.image_index[t]:
+                continue
+            iou = float(box_iou(scene.boxes[k : k + 1], scene.grid.boxes[t : t + 1]))
+            if iou >= 0.5 and iou > best:
+                best, owner = iou, t
+        if owner is not None:
+            confidence[owner] = (scene.scores[k].sqrt() * quality[k]).sqrt()
+            masks[owner] = (on_grid[k] > 0.5) & scene.grid.box_masks[owner]
+    return PseudoMasks(masks, confidence)
+
+
+def pseudo_mask_row(rounds: int, quick: bool) -> Row:
+    """Assignment, scoring and pseudo masks of two images."""
+    height, width, candidates, boxes = (160, 224, 20, 5) if quick else (800, 1216, 100, 20)
+    scene = Scene(height, width, candidates, boxes)
+    model = BoxTeacher(Scripted())
+    at_image = BoxTeacher(Scripted(), quality_at="image")
+    ours, theirs = by_the_project(at_image, scene), by_drawing_first(scene)
+    assert torch.equal(ours.masks, theirs.masks)
+    assert_close(ours.confidence, theirs.confidence)
+    assert (ours.confidence > 0).sum() > boxes
+    name = (
+        f"assignment and pseudo masks, {candidates} candidates × {boxes} boxes per image, {height} × {width}"
+    )
+    return in_turns(
+        name,
+        lambda: by_the_project(model, scene),
+        lambda: by_drawing_first(scene),
+        rounds,
+        most_time=None if quick else 1 / 20,
+    )
+
+
+def teaching_rows(rounds: int, quick: bool) -> Iterator[Row]:
+    yield ema_row(rounds)
+    with torch.no_grad():
+        yield pseudo_mask_row(rounds, quick)
