@@ -1,0 +1,43 @@
+"""Prints how far a released network's numbers here are from the original's.
+
+python -m tests.benchmarks.released_parity FOLDER NAME…, where FOLDER holds `forward_NAME.npz`.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.released_parity import (
+    detection_differences,
+    feature_differences,
+    head_differences,
+    load_released,
+    step_differences,
+)
+
+
+def worst(differences: dict[str, float]) -> str:
+    name = max(differences, key=differences.__getitem__)
+    return f"{differences[name]:.1e} ({name})"
+
+
+def main(folder: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    for name in names:
+        released = load_released(name, folder)
+        detections = list(detection_differences(released))
+        features, heads = feature_differences(released), head_differences(released)
+        print(f"{name}: features {worst(features)}, heads {worst(heads)}")
+        print(
+            f"{name}: of 120 detections {sum(each.labels for each in detections)} other labels, "
+            f"scores {max(each.scores for each in detections):.1e}, "
+            f"boxes {max(each.boxes for each in detections):.1e} pixels, "
+            f"least IoU of masks {min(each.mask_iou for each in detections):.4f}"
+        )
+        losses, gradients = step_differences(released)
+        print(f"{name}: losses and confidences {worst(losses)}, gradients' norms {worst(gradients)}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,186 @@
+"""How far the released networks' numbers here are from the original's, computed from the same weights."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from boxteacher import BoxTeacher
+from boxteacher.engine.segmenters import build_segmenter
+from boxteacher.engine.weights import as_whole_model, fill
+from boxteacher.geometry import pad_images
+from boxteacher_adapters.checkpoints import recognise
+from boxteacher_adapters.released_keys import SCALES, condinst_name
+from tests.released_support import Shapes, only, released_shapes, stand_in_checkpoint
+from tests.support import reference
+
+LOSSES = {
+    "loss_classification": "fcos_cls",
+    "loss_box": "fcos_loc",
+    "loss_centerness": "fcos_ctr",
+    "loss_projection": "prj",
+    "loss_pairwise": "pairwise",
+    "loss_pixel": "mask",
+    "loss_affinity": "mask_affinity",
+}
+
+
+@dataclass
+class Released:
+    """The original's numbers, and the two networks with the weights that they were computed from."""
+
+    numbers: dict[str, Tensor]
+    student: nn.Module
+    teacher: nn.Module
+
+
+def load_released(name: str, folder: Path) -> Released:
+    """Of r50, r101, r101_dcn or swin-base; `folder` holds `forward_NAME.npz`."""
+    with np.load(folder / f"forward_{name}.npz") as arrays:
+        numbers = {key: torch.from_numpy(arrays[key]) for key in arrays.files if key != "adjust"}
+    shapes = released_shapes(name)
+    return Released(numbers, _network(only("student", shapes)), _network(only("teacher", shapes)))
+
+
+def _network(shapes: Shapes) -> nn.Module:
+    path = Path("released.pth")
+    whole = as_whole_model(recognise(stand_in_checkpoint(shapes), path), path)
+    segmenter = build_segmenter(
+        whole.model, whole.num_classes, backbone=whole.backbone, weights="none", image_size=1333
+    )
+    assert fill(segmenter, whole.num_classes, whole) == []
+    segmenter.backbone.freeze()
+    return segmenter.eval()
+
+
+def images() -> list[Tensor]:
+    pixels = reference("forward_solov2_r50")  # the same two for every network
+    return [pixels(f"image_{i}") / 255 for i in range(2)]
+
+
+def difference(actual: Tensor, wanted: Tensor) -> float:
+    """The worst entry's, relative to that entry and a hundredth of the greatest."""
+    scale = wanted.abs() + wanted.abs().max() / 100
+    return float(((actual - wanted).abs() / scale.clamp(min=1e-12)).max())
+
+
+@torch.no_grad()
+def feature_differences(released: Released) -> dict[str, float]:
+    """Of the pyramid's means and deviations and the mask features of the student."""
+    student, numbers = released.student, released.numbers
+    pyramid = _pyramid(student)
+    found = {"mask_features": student.mask_branch(list(pyramid.values())[:3])}
+    for level, maps in pyramid.items():
+        found[f"{level}_mean"], found[f"{level}_std"] = maps.mean((2, 3)), maps.std((2, 3))
+    return {name: difference(value, numbers[f"student_{name}"]) for name, value in found.items()}
+
+
+@torch.no_grad()
+def head_differences(released: Released) -> dict[str, float]:
+    """Of the student's head outputs on each level."""
+    student, numbers = released.student, released.numbers
+    levels = list(_pyramid(student).values())
+    outputs = student.box_head(levels)
+    found, first = {}, 0
+    for level, maps in enumerate(levels):
+        height, width = maps.shape[-2:]
+        for name, every in (
+            ("class_logits", outputs.class_logits),
+            ("box_regression", outputs.distances),
+            ("centerness", outputs.centerness[..., None]),
+            ("controller", outputs.controllers),
+        ):
+            wanted = numbers[f"student_{name}_{level}"]
+            mine = every[:, first : first + height * width].transpose(1, 2).unflatten(2, (height, width))
+            rows, columns = -(-height // wanted.shape[2]), -(-width // wanted.shape[3])  # not all were kept
+            found[f"{name}_{level}"] = difference(mine[:, :, ::rows, ::columns], wanted)
+        first += height * width
+    return found
+
+
+def _pyramid(student: nn.Module) -> dict[str, Tensor]:
+    batch = pad_images([student.backbone.normalize(image) for image in images()], 32)
+    return student.fpn(dict(zip(("p3", "p4", "p5"), student.backbone(batch), strict=True)))
+
+
+@dataclass
+class DetectionDifferences:
+    """Of the 30 best of each image: other labels, relative scores, boxes in pixels, masks' least IoU."""
+
+    labels: int
+    scores: float
+    boxes: float
+    mask_iou: float
+
+
+def detection_differences(released: Released) -> Iterator[DetectionDifferences]:
+    """Of each network and image."""
+    for network in ("student", "teacher"):
+        with torch.no_grad():
+            detections = getattr(released, network)(images())
+        for i, found in enumerate(detections):
+            wanted = {
+                key.removeprefix(f"{network}_{i}_"): value
+                for key, value in released.numbers.items()
+                if key.startswith(f"{network}_{i}_")
+            }
+            masks = found["masks"][:30, 0] > 0.5  # (30, H, W)
+            packed = np.unpackbits(wanted["masks_packed"].numpy(), axis=-1)
+            drawn = torch.from_numpy(packed)[..., : masks.shape[-1]].bool()
+            iou = (masks & drawn).sum((1, 2)) / (masks | drawn).sum((1, 2))
+            yield DetectionDifferences(
+                labels=int((found["labels"][:30] != wanted["labels"]).sum()),
+                scores=difference(found["scores"][:30], wanted["scores"]),
+                boxes=float((found["boxes"][:30] - wanted["boxes"]).abs().max()),
+                mask_iou=float(iou.min()),
+            )
+
+
+def step_differences(released: Released) -> tuple[dict[str, float], dict[str, float]]:
+    """Of one training step's losses and pseudo masks' confidences, and of its gradients' norms."""
+    numbers = released.numbers
+    model = BoxTeacher(
+        released.student,
+        warmup_steps=1,
+        quality_at="image",
+        teacher_size=(128, 160),
+        augmentation=nn.Identity(),
+    )
+    model.teacher.load_state_dict(released.teacher.state_dict())
+    for module in model.student.modules():
+        if isinstance(module, StochasticDepth):  # Swin's; the original's numbers are without it
+            module.p = 0.0
+    targets = [
+        {
+            "boxes": numbers[f"train_{i}_gt_boxes"],
+            "labels": numbers[f"train_{i}_gt_labels"],
+            "ignored_bottom_rows": 10,
+        }
+        for i in range(2)
+    ]
+    losses = model.train()(images(), targets)
+    found = {
+        ours: difference(losses[ours].detach(), numbers[f"train_loss_{theirs}"])
+        for ours, theirs in LOSSES.items()
+    }
+    confidence = torch.cat([numbers[f"train_{i}_pseudo_mask_confidence"] for i in range(2)])
+    found["confidence"] = difference(model.last_pseudo_masks.confidence, confidence)
+    sum(losses.values()).backward()
+    return found, _gradient_differences(released)
+
+
+def _gradient_differences(released: Released) -> dict[str, float]:
+    gradients = {name: p.grad for name, p in released.student.named_parameters() if p.requires_grad}
+    scales = gradients.pop(SCALES)
+    gradients.update({f"{SCALES}.{level}": value for level, value in enumerate(scales)})
+    wanted = {
+        condinst_name(key.removeprefix("grad_norm_")): value
+        for key, value in released.numbers.items()
+        if key.startswith("grad_norm_")
+    }
+    assert gradients.keys() == wanted.keys()
+    return {name: difference(gradient.norm(), wanted[name]) for name, gradient in gradients.items()}

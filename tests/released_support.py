@@ -1,0 +1,70 @@
+"""Stand-ins for released checkpoints: their entries' names and shapes, values that all machines make alike.
+
+The reference numbers were computed from the same values.
+"""
+
+import gzip
+import json
+import math
+import zlib
+
+import torch
+from torch import Tensor
+
+from tests.support import DATA
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def released_shapes(name: str) -> Shapes:
+    """Names and shapes of a released checkpoint's entries: r50, r101, r101_dcn, swin-base or solov2_r50."""
+    every = json.loads(gzip.decompress((DATA / "released_keys.json.gz").read_bytes()))
+    return {key: tuple(shape) for key, shape in every[name].items()}
+
+
+def is_computed(key: str) -> bool:
+    """Constants, which the original makes for itself."""
+    return key.endswith(("sizes_of_interest", "relative_position_index"))
+
+
+def stand_in(key: str, shape: tuple[int, ...]) -> Tensor:
+    """What the entry was when the reference numbers were computed."""
+    kind = key.rpartition(".")[2]
+    if kind in ("num_batches_tracked", "_iter") or is_computed(key):
+        return torch.zeros(shape)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
+    if kind == "running_var":
+        value = 1 + noise.abs() / 10
+    elif kind == "running_mean":
+        value = noise / 10
+    elif kind == "bias":
+        value = noise / 20
+    elif kind == "relative_position_bias_table":
+        value = noise / 50
+    elif kind == "scale" or len(shape) == 1:
+        value = 1 + noise / 10
+    else:
+        value = noise / math.sqrt(math.prod(shape[1:]))
+    return _adjusted(key, value)
+
+
+def _adjusted(key: str, value: Tensor) -> Tensor:
+    """Makes the networks find something."""
+    if key.endswith(("cls_logits.weight", "cate_pred.weight")):
+        return 3 * value
+    if key.endswith("cls_logits.bias"):
+        return value - 4
+    if key.endswith("cate_pred.bias"):
+        return value - 2
+    if key.endswith("bbox_pred.bias"):
+        return value + 2
+    return 2 * value if key.endswith("controller.weight") else value
+
+
+def stand_in_checkpoint(shapes: Shapes) -> dict[str, Tensor]:
+    return {key: stand_in(key, shape) for key, shape in shapes.items()}
+
+
+def only(network: str, shapes: Shapes) -> Shapes:
+    """One of BoxTeacher's two networks, `teacher` or `student`."""
+    return {key: shape for key, shape in shapes.items() if key.startswith(f"{network}.")}

@@ -1,0 +1,387 @@
+"""Weights that others released: read without running anything, recognised, and put in their places."""
+
+import io
+import logging
+import os
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from boxteacher.cli import main
+from boxteacher.data.coco_categories import COCO_CATEGORIES
+from boxteacher.engine.checkpoint import load_checkpoint
+from boxteacher.engine.segmenters import build_segmenter
+from boxteacher.engine.weights import as_whole_model, build_with_weights, fill
+from boxteacher.errors import InputError
+from boxteacher_adapters.checkpoints import recognise
+from boxteacher_adapters.parts.backbones import build_backbone
+from boxteacher_adapters.parts.weight_files import read_weight_file
+from tests.engine_support import edited, error_of, log_of, train_arguments
+from tests.released_support import is_computed, only, released_shapes, stand_in_checkpoint
+from tests.support import reference
+
+# Reading.
+
+
+ARRAYS = {
+    "w": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "transposed": np.arange(6, dtype=np.float64).reshape(2, 3).T,
+    "big_endian": np.arange(3, dtype=">i4"),
+    "half": np.array([0.5, 2], dtype=np.float16),
+    "scalar": np.float32(3),
+}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("wrap", [dict, lambda d: {"model": OrderedDict(d), "__author__": "x"}])
+def test_a_pickle_of_arrays_is_read_in_every_protocol(tmp_path, protocol, wrap):
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps(wrap(ARRAYS), protocol=protocol))
+    read = read_weight_file(path)
+    assert read.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        assert np.array_equal(read[name].numpy(), array)
+
+
+def test_python_2_s_pickle_of_arrays_is_read(tmp_path):
+    """Python 2 wrote bytes as text, and knew numpy by its former name."""
+    data = struct.pack("<2f", 1.5, -2.0)  # bytes that are no ASCII
+    dtype = b"cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+    state = b"(K\x01K\x02\x85" + dtype + b"\x89U\x08" + data + b"tb"
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(b"\x80\x02}U\x07conv1_w" + array + state + b"s.")
+    assert read_weight_file(path)["conv1_w"].tolist() == [1.5, -2.0]
+
+
+def test_torch_s_files_are_read_in_both_formats_and_unwrapped(tmp_path):
+    state = {"w": torch.arange(6.0).reshape(2, 3)}
+    for zipped in (True, False):
+        path = tmp_path / "weights.pth"
+        content = {"state_dict": state, "epoch": 3}
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        assert torch.equal(read_weight_file(path)["w"], state["w"])
+
+
+class Command:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.witness}",)
+
+
+class Expression(Command):
+    def __reduce__(self) -> Any:
+        return eval, (f"open({str(self.witness)!r}, 'w')",)
+
+
+def saved(content: Any, **options: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file.getvalue()
+
+
+def compressed(archive: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    return file.getvalue()
+
+
+def npy_of(thing: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array([thing], dtype=object), allow_pickle=True)
+    return file.getvalue()
+
+
+TENSOR = {"w": torch.zeros(100)}
+HOSTILE: dict[str, tuple[str, Callable[[Path], bytes]]] = {
+    "a command": (".pkl", lambda w: pickle.dumps(Command(w))),
+    "a command among arrays": (".pkl", lambda w: pickle.dumps({"model": {**ARRAYS, "x": Expression(w)}})),
+    "a command in an array": (".pkl", lambda w: pickle.dumps({"a": np.array([Expression(w)], dtype=object)})),
+    "a command for torch": (".pth", lambda w: saved({"model": TENSOR, "x": Command(w)})),
+    "a command in a zip": (".pkl", lambda w: saved({"model": {"x": Expression(w)}})),
+    "a command in torch's older format": (
+        ".pth",
+        lambda w: saved({"x": Command(w)}, _use_new_zipfile_serialization=False),
+    ),
+    "a plain pickle": (".pth", lambda w: pickle.dumps({"x": Command(w)})),
+    "an array of objects": (".pth", lambda w: npy_of(Command(w))),
+    "numpy.load": (".pkl", lambda w: f"cnumpy\nload\n(S'{w}'\ntR.".encode()),
+    "a part of something admitted": (".pkl", lambda w: b"\x80\x04\x8c\x05numpy\x8c\x0dndarray.tofile\x93."),
+    "a changed constructor": (".pkl", lambda w: b"ccollections\nOrderedDict\n(dS'x'\nI1\nsb."),
+    "a table of two thousand million objects": (".pkl", lambda w: b"\x80\x02}r\xff\xff\xff\x7f."),
+    "a text longer than the file": (".pkl", lambda w: b"\x80\x04\x8e" + struct.pack("<Q", 2**45) + b"a."),
+    "an array larger than its bytes": (
+        ".pkl",
+        lambda w: pickle.dumps({"w": np.zeros(3, np.float32)}, 2).replace(
+            b"K\x03\x85", b"J\xff\xff\xff\x7f\x85"
+        ),
+    ),
+    "an array that is a bytearray": (".pkl", lambda w: b"\x80\x05\x96" + struct.pack("<Q", 1) + b"a."),
+    "a tensor larger than the file": (".pth", lambda w: saved({"w": torch.zeros(1).expand(10**12)})),
+    "an archive that inflates": (".pth", lambda w: compressed(saved({"w": torch.zeros(10**6)}))),
+    "a tensor without numbers": (".pth", lambda w: saved({"w": torch.zeros(9, device="meta")})),
+    "a module": (".pth", lambda w: saved(torch.nn.Linear(2, 2))),
+    "a list": (".pth", lambda w: saved([torch.zeros(2)])),
+    "settings": (".pkl", lambda w: pickle.dumps({"w": np.zeros(2), "lr": 0.1})),
+    "nothing in a dict": (".pth", lambda w: saved({})),
+    "nothing": (".pkl", lambda w: b""),
+    "nothing for torch": (".pth", lambda w: b""),
+    "text": (".pkl", lambda w: b"version https://git-lfs.github.com/spec/v1\n"),
+    "text for torch": (".pth", lambda w: b"version https://git-lfs.github.com/spec/v1\n"),
+    "a truncated pickle": (".pkl", lambda w: pickle.dumps(ARRAYS)[:-20]),
+    "a truncated archive": (".pth", lambda w: saved(TENSOR)[:-200]),
+    "an archive truncated to its beginning": (".pth", lambda w: saved(TENSOR)[:300]),
+    "arrays of an archive": (".pth", lambda w: compressed(saved(TENSOR))[:-1]),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_or_broken_file_runs_nothing_and_writes_nothing(kind, tmp_path, capsys):
+    suffix, content = HOSTILE[kind]
+    folder, witness = tmp_path / "files", tmp_path / "witness"
+    folder.mkdir()
+    source = folder / f"weights{suffix}"
+    source.write_bytes(content(witness))
+    with pytest.raises(InputError):
+        read_weight_file(source)
+    error = error_of(["convert", str(source), str(folder / "out.pt")], capsys)
+    assert str(source) in error
+    assert not witness.exists()
+    assert list(folder.iterdir()) == [source]
+
+
+def test_the_witness_would_be_seen(tmp_path):
+    pickle.loads(pickle.dumps(Command(tmp_path / "witness")))
+    assert (tmp_path / "witness").exists()
+
+
+def test_the_refusal_names_what_the_file_asks_for(tmp_path):
+    for name, content in (("a.pkl", pickle.dumps(Command(tmp_path))), ("a.pth", saved(Command(tmp_path)))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=r"asks for (posix|nt)\.system"):
+            read_weight_file(tmp_path / name)
+
+
+# Recognising.
+
+
+PATH = Path("released.pth")
+ON_META = pytest.mark.filterwarnings("ignore:.*to a meta parameter:UserWarning")
+KINDS = {
+    "r50": "BoxTeacher's teacher, condinst on resnet50_caffe, 80 classes",
+    "r101": "BoxTeacher's teacher, condinst on resnet101_caffe, 80 classes",
+    "r101_dcn": "BoxTeacher's teacher, condinst on resnet101_caffe_dcn, 80 classes",
+    "swin-base": "BoxTeacher's teacher, condinst on swin_b_caffe, 80 classes",
+    "solov2_r50": "solov2 on resnet50_caffe, 80 classes",
+}
+
+
+def weightless(name: str) -> dict[str, torch.Tensor]:
+    """Entries of a released checkpoint that take no memory."""
+    return {key: torch.zeros(()).expand(shape) for key, shape in released_shapes(name).items()}
+
+
+@ON_META
+@pytest.mark.parametrize("name", KINDS)
+def test_every_entry_of_a_released_checkpoint_has_its_place(name):
+    state = weightless(name)
+    released = recognise(state, PATH)
+    assert released.description == KINDS[name]
+    with torch.device("meta"):
+        segmenter = build_segmenter(
+            released.model, 80, backbone=released.backbone, weights="none", image_size=1333
+        )
+    assert fill(segmenter, 80, as_whole_model(released, PATH)) == []
+    mine = [key for key in state if not key.startswith("student.")]
+    scales = [key for key in mine if ".scales." in key]
+    assert len(released.weights) + len(released.left_out) == len(mine) - len(scales) + bool(scales)
+    assert all(is_computed(key) or key == "mask_head._iter" for key in released.left_out)
+
+
+def test_the_network_s_own_entries_are_all_filled():
+    """What a checkpoint lacks, the network makes for itself; a batch norm's counter is among it."""
+    released = recognise(weightless("r50"), PATH)
+    wanted = build_segmenter("condinst", 80, backbone="resnet50_caffe", weights="none", image_size=1333)
+    lacking = wanted.state_dict().keys() - released.weights.keys()
+    counters = {name for name in lacking if name.endswith("num_batches_tracked")}
+    assert lacking - counters == {"backbone.mean", "backbone.std"}
+
+
+def test_a_student_alone_and_a_plain_condinst_are_recognised():
+    student = only("student", released_shapes("r50"))
+    entries = {key: torch.zeros(()).expand(shape) for key, shape in student.items()}
+    assert recognise(entries, PATH).description.startswith("BoxTeacher's student, condinst")
+    plain = {key.removeprefix("student."): value for key, value in entries.items()}
+    assert recognise(plain, PATH).description == "condinst on resnet50_caffe, 80 classes"
+
+
+@ON_META
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("teacher.controller.bias"), r"1 missing \(box_head\.controller\.bias\)"),
+        (
+            lambda s: s.update({"teacher.controller.gain": torch.zeros(1)}),
+            r"1 unknown \(controller\.gain\)",
+        ),
+        (
+            lambda s: s.update({"teacher.controller.bias": torch.zeros(9)}),
+            r"1 of another shape \(box_head\.controller\.bias\)",
+        ),
+        (
+            lambda s: [s.pop(key) for key in list(s) if "teacher.mask_branch.refine.2" in key],
+            r"5 missing \(mask_branch.refine.2.0.weight, mask_branch.refine.2.1.weight, .*, …\)",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said(change, message):
+    state = weightless("r50")
+    change(state)
+    with torch.device("meta"):
+        segmenter = build_segmenter(
+            "condinst", 80, backbone="resnet50_caffe", weights="none", image_size=1333
+        )
+    with pytest.raises(InputError, match=message):
+        fill(segmenter, 80, as_whole_model(recognise(state, PATH), PATH))
+
+
+def test_backbones_that_cannot_be_built_are_named():
+    state = weightless("r50")
+    for key in [key for key in state if "res4.5." in key]:
+        del state[key]
+    with pytest.raises(InputError, match="a ResNet with 5 blocks in its third stage"):
+        recognise(state, PATH)
+
+
+# Converting and training.
+
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("released") / "released.pth"
+    torch.save({"model": stand_in_checkpoint(only("teacher", released_shapes("r50")))}, path)
+    return path
+
+
+def test_a_converted_checkpoint_finds_what_the_original_does(teacher_file, tmp_path, capsys):
+    out = tmp_path / "out.pt"
+    assert main(["convert", str(teacher_file), str(out)]) == 0
+    line = capsys.readouterr().out.strip()
+    assert KINDS["r50"] in line
+    assert "366 entries, and 2 that the network does not need" in line
+    segmenter, info = load_checkpoint(out)
+    assert (info.model, info.backbone, info.image_size, info.shortest_side) == (
+        "condinst",
+        "resnet50_caffe",
+        1333,
+        800,
+    )
+    assert dict(zip(info.category_ids, info.class_names, strict=True)) == COCO_CATEGORIES
+    expected, pixels = reference("forward_r50"), reference("forward_solov2_r50")
+    with torch.no_grad():
+        (found,) = segmenter([pixels("image_0") / 255])
+    assert_close(found["scores"][:30], expected("teacher_0_scores"), rtol=1e-3, atol=0)
+    error = error_of(["convert", str(teacher_file), str(out)], capsys)
+    assert f"{out} exists" in error
+    assert "already" in error_of(["convert", str(out), str(tmp_path / "again.pt")], capsys)
+
+
+def test_a_released_solov2_finds_what_the_original_does():
+    expected = reference("forward_solov2_r50")
+    whole = as_whole_model(recognise(stand_in_checkpoint(released_shapes("solov2_r50")), PATH), PATH)
+    segmenter = build_segmenter("solov2", 80, backbone="resnet50_caffe", weights="none", image_size=1333)
+    fill(segmenter, 80, whole)
+    with torch.no_grad():
+        found = segmenter.eval()([expected(f"image_{i}") / 255 for i in range(2)])
+    for i in range(2):
+        assert_close(found[i]["scores"][:30], expected(f"{i}_scores"), rtol=1e-3, atol=0)
+        assert torch.equal(found[i]["labels"][:30], expected(f"{i}_labels"))
+
+
+def test_another_number_of_classes_keeps_all_but_the_classifier(teacher_file, caplog):
+    caplog.set_level(logging.INFO)
+    options = {"backbone": "resnet50_caffe", "weights": teacher_file, "image_size": 1333}
+    whole = recognise(read_weight_file(teacher_file), teacher_file).weights
+    segmenter = build_with_weights("condinst", 3, **options)
+    entries = segmenter.state_dict()
+    anew = {"box_head.class_logits.weight", "box_head.class_logits.bias"}
+    assert all(torch.equal(entries[name], value) for name, value in whole.items() if name not in anew)
+    assert len(entries["box_head.class_logits.bias"]) == 3
+    assert "knows 80 classes, the data 3: its classifier (box_head.class_logits.weight, " in caplog.text
+    # As with ImageNet weights, what comes first and all batch norms of the backbone are not trained.
+    frozen = {name for name, p in segmenter.named_parameters() if not p.requires_grad}
+    assert "backbone.network.conv1.weight" in frozen
+    assert "backbone.network.layer4.2.bn3.weight" in frozen
+    assert all(name.startswith("backbone.") for name in frozen)
+
+
+def test_weights_of_another_model_or_size_are_refused(teacher_file, shapes, tmp_path, capsys):
+    for more, message in (
+        (["--model", "solov2"], "not solov2 on resnet50_caffe: give --model condinst"),
+        (
+            ["--backbone", "resnet18"],
+            "not condinst on resnet18: give --model condinst --backbone resnet50_caffe",
+        ),
+        ([], r"of another shape (fpn.inner_blocks.0.0.weight, "),  # a small network
+    ):
+        arguments = ["--backbone", "resnet50_caffe", "--weights", str(teacher_file), *more]
+        error = error_of(train_arguments(shapes, tmp_path / "run", *arguments), capsys)
+        assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_begins_from_another_s_checkpoint(run, shapes, tmp_path, capsys):
+    """From its own classes with all it knows, so that its first losses are those that it would go on with."""
+    again = tmp_path / "again"
+    assert main(train_arguments(shapes, again, "--weights", str(run / "last.pt"))) == 0
+    fresh, learnt = (log_of(folder)[0]["loss_classification"] for folder in (run, again))
+    assert learnt < fresh
+
+    def another_class(content: dict[str, Any]) -> None:
+        content["categories"].append({"id": 99, "name": "another"})
+
+    data = edited(
+        edited(shapes, tmp_path / "a", "train", another_class), tmp_path / "b", "val", another_class
+    )
+    arguments = train_arguments(data, tmp_path / "more", "--weights", str(run / "last.pt"))
+    assert main(arguments) == 0
+    before, after = load_checkpoint(run / "last.pt")[0], load_checkpoint(tmp_path / "more" / "last.pt")[0]
+    assert len(after.box_head.class_logits.bias) == len(before.box_head.class_logits.bias) + 1
+
+
+def test_an_imagenet_backbone_is_converted(tmp_path, capsys):
+    inner = "teacher.backbone.bottom_up."
+    shapes = {key: shape for key, shape in released_shapes("r50").items() if key.startswith(inner)}
+    arrays = {key.removeprefix(inner): v.numpy() for key, v in stand_in_checkpoint(shapes).items()}
+    arrays |= {"linear.weight": np.zeros((1000, 2048), np.float32), "linear.bias": np.zeros(1000, np.float32)}
+    source, out = tmp_path / "R-50.pkl", tmp_path / "out.pt"
+    source.write_bytes(pickle.dumps({"model": arrays, "__author__": "MSRA"}, protocol=4))
+    assert main(["convert", str(source), str(out)]) == 0
+    line = capsys.readouterr().out
+    assert "ImageNet weights of resnet50_caffe" in line
+    assert "2 that the network does not need (linear.weight, linear.bias)" in line
+    direct, converted = (build_backbone("resnet50_caffe", path).state_dict() for path in (source, out))
+    assert all(torch.equal(converted[name], value) for name, value in direct.items())
+    assert np.array_equal(direct["network.layer1.0.conv1.weight"].numpy(), arrays["res2.0.conv1.weight"])
+
+
+def test_what_is_not_known_is_refused(tmp_path, capsys):
+    path = tmp_path / "resnet18.pth"
+    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.bias": torch.zeros(1000)}, path)
+    assert "none of the released weights" in error_of(["convert", str(path), str(tmp_path / "o.pt")], capsys)
+    assert "do not exist" in error_of(["convert", str(tmp_path / "no.pth"), str(tmp_path / "o.pt")], capsys)
