@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from boxteacher.resampling import upsample_aligned
+from boxteacher_adapters.parts.extent import mask_extent
 from boxteacher_adapters.parts.grouping import rank_in_group, share_evenly
+from tests.support import filled
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3, 4, 8])
@@ -61,3 +63,8 @@ def test_targets_of_a_crowded_image_share_evenly_and_the_best_stay(rows, most):
             of_target = sorted((i for i in mine if rows[i][1] == n), key=lambda i: -rows[i][2])
             expected += of_target[:share]
     assert kept.tolist() == sorted(expected)
+
+
+def test_an_extent_is_the_mask_s_box():
+    masks = torch.stack([filled((3, 2, 9, 7), 12, 10), torch.zeros(12, 10, dtype=torch.bool)])
+    assert mask_extent(masks.any(2), masks.any(1)).tolist() == [[3, 2, 9, 7], [0, 0, 0, 0]]

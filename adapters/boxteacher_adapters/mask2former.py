@@ -9,20 +9,20 @@ from torch import Tensor, nn
 from boxteacher.errors import InputError
 from boxteacher.geometry import pad_images
 from boxteacher.protocol import Candidates, Detections, MaskPredictions, StudentOutput, Target
+from boxteacher.resampling import upsample_aligned
 from boxteacher.scoring import mask_quality
 from boxteacher.targets import GridTargets, grid_targets
 from boxteacher.validation import check_labels
-from boxteacher_adapters.mask2former_decoder import MaskedAttentionDecoder, QueryPredictions, mask_logits
+from boxteacher_adapters.mask2former_decoder import MaskedAttentionDecoder, QueryPredictions
 from boxteacher_adapters.mask2former_matching import (
     MatchingTargets,
     assign,
-    mask_extent,
     matching_cost,
     matching_targets,
 )
 from boxteacher_adapters.parts.backbones import Backbone, Weights, build_backbone
+from boxteacher_adapters.parts.extent import mask_extent
 from boxteacher_adapters.parts.pixel_decoder import PixelDecoder
-from boxteacher_adapters.parts.resampling import upsample_aligned
 
 STRIDES = (4, 8, 16, 32)
 _CLASS_WEIGHT = 2.0
@@ -44,6 +44,8 @@ class Mask2Former(nn.Module):
         num_queries: Q, the most objects that an image can have.
         encoder_layers: of the pixel decoder.
         decoder_layers: of masked attention; each takes the next of strides 32, 16 and 8.
+        spatial_prior: whether masks begin as ellipses, which short training from boxes alone needs; see
+            `SpatialPrior`. The paper's network has none.
     """
 
     mask_stride = 4
@@ -58,13 +60,16 @@ class Mask2Former(nn.Module):
         num_queries: int = 100,
         encoder_layers: int = 6,
         decoder_layers: int = 9,
+        spatial_prior: bool = False,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.num_queries = num_queries
         self.backbone = backbone
         self.pixel_decoder = PixelDecoder(backbone.channels, channels, encoder_layers)
-        self.decoder = MaskedAttentionDecoder(channels, num_classes, num_queries, decoder_layers)
+        self.decoder = MaskedAttentionDecoder(
+            channels, num_classes, num_queries, decoder_layers, spatial_prior=spatial_prior
+        )
 
     def forward(self, images: list[Tensor]) -> list[Detections]:
         """Detections of images (3, H_i, W_i), with mask probabilities (K, 1, H_i, W_i).
@@ -137,16 +142,13 @@ class Mask2Former(nn.Module):
     def _final(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Class logits (B, Q, C + 1) and mask logits (B, Q, H / 4, W / 4) of the last round."""
         rounds, mask_features = self._predict(images)
-        return rounds[-1].class_logits.float(), mask_logits(rounds[-1].mask_embeddings, mask_features).float()
+        return rounds[-1].class_logits.float(), rounds[-1].mask_logits(mask_features).float()
 
 
 @torch.no_grad()
 def _match(rounds: Sequence[QueryPredictions], mask_features: Tensor, targets: MatchingTargets) -> Tensor:
     """(R, T) int64, the query that each target goes to in each round; masks are drawn a round at a time."""
-    costs = [
-        matching_cost(each.class_logits, mask_logits(each.mask_embeddings, mask_features), targets)
-        for each in rounds
-    ]
+    costs = [matching_cost(each.class_logits, each.mask_logits(mask_features), targets) for each in rounds]
     return assign(torch.stack(costs), targets.counts)
 
 
@@ -158,10 +160,8 @@ def _matched_masks(
     for each, mine in zip(rounds, queries, strict=True):
         table = torch.zeros_like(targets.labels)  # (B, N)
         table[targets.image_index, targets.slot] = mine
-        embeddings = each.mask_embeddings.gather(
-            1, table[:, :, None].expand(-1, -1, each.mask_embeddings.shape[2])
-        )  # (B, N, D)
-        drawn.append(mask_logits(embeddings, mask_features)[targets.image_index, targets.slot])
+        logits = each.of_queries(table).mask_logits(mask_features)  # (B, N, h, w)
+        drawn.append(logits[targets.image_index, targets.slot])
     return drawn
 
 
@@ -212,8 +212,8 @@ def build_mask2former(
 ) -> Mask2Former:
     """Mask2Former as the paper has it, or, for images of at most 512 pixels, a smaller one.
 
-    The smaller has 128 channels instead of 256, 30 queries instead of 100, three encoder layers instead of
-    six and three decoder layers instead of nine.
+    The smaller has 128 channels instead of 256, three encoder layers instead of six, three decoder layers
+    instead of nine, and a spatial prior, so that it soon learns masks from boxes alone.
 
     Args:
         num_classes: C.
@@ -227,4 +227,6 @@ def build_mask2former(
     body = build_backbone(backbone, weights, strides=STRIDES)
     if image_size > 512:
         return Mask2Former(body, num_classes)
-    return Mask2Former(body, num_classes, channels=128, num_queries=30, encoder_layers=3, decoder_layers=3)
+    return Mask2Former(
+        body, num_classes, channels=128, encoder_layers=3, decoder_layers=3, spatial_prior=True
+    )

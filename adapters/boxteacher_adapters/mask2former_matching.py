@@ -10,6 +10,7 @@ from torch import Tensor
 
 from boxteacher.errors import InputError
 from boxteacher.targets import GridTargets
+from boxteacher_adapters.parts.extent import mask_extent
 
 _CLASS_COST = 2.0
 _BOX_COST = 5.0
@@ -115,24 +116,6 @@ def _dice(probability: Tensor, truth: Tensor) -> Tensor:
     both = probability @ truth.transpose(1, 2)  # (B, Q, N)
     either = probability.sum(2)[:, :, None] + truth.sum(2)[:, None]  # (B, Q, N)
     return 1 - (2 * both + 1) / (either + 1)
-
-
-def mask_extent(rows: Tensor, columns: Tensor) -> Tensor:
-    """Boxes (…, 4) `x0, y0, x1, y1` in cells round masks, given by their shadows; 0 for an empty mask.
-
-    Args:
-        rows: (…, h) bool, which rows have a cell in the mask.
-        columns: (…, w) bool, likewise.
-    """
-    (y0, y1), (x0, x1) = _span(rows), _span(columns)
-    return torch.stack([x0, y0, x1, y1], -1).float()
-
-
-def _span(occupied: Tensor) -> tuple[Tensor, Tensor]:
-    length = occupied.shape[-1]
-    first = occupied.int().argmax(-1)
-    end = length - occupied.flip(-1).int().argmax(-1)
-    return first, torch.where(occupied.any(-1), end, 0)
 
 
 def assign(costs: Tensor, counts: Sequence[int]) -> Tensor:
