@@ -160,6 +160,16 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         help="shortest and greatest longest side of the teacher's images (default: the student's images)",
     )
     add(
+        "--teacher-dtype",
+        choices=("float32", "bfloat16"),
+        help="what the teacher computes in (default float32)",
+    )
+    add(
+        "--teacher-interval",
+        type=_positive,
+        help="optimizer steps from one question to the teacher to the next (default 1)",
+    )
+    add(
         "--quality-at",
         choices=("grid", "image"),
         help="where a pseudo mask's quality is measured: on the mask grid (default) or at the image's pixels",

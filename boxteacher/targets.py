@@ -92,8 +92,9 @@ def box_extents(boxes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         that lies between the rows, or columns, of pixels.
     """
     x0, y0, x1, y1 = boxes.floor().unsqueeze(-1).unbind(1)  # (T, 1) each
-    ends = [rows < y0, columns < x0, rows <= y1, columns <= x1]
-    return torch.stack([before.sum(1) for before in ends], 1)
+    first = torch.stack([(rows < y0).sum(1), (columns < x0).sum(1)], 1)  # (T, 2)
+    end = torch.stack([(rows <= y1).sum(1), (columns <= x1).sum(1)], 1)  # (T, 2)
+    return torch.cat([first, end.maximum(first)], 1)
 
 
 def box_masks(boxes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

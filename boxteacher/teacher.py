@@ -20,8 +20,8 @@ from boxteacher.protocol import Candidates, MaskPredictions
 from boxteacher.scoring import ConfidenceFormula, mask_confidence, mask_quality, ranking_score
 from boxteacher.supervision import BoxSupervised
 from boxteacher.targets import GridTargets
-from boxteacher.teacher_view import TeacherView
-from boxteacher.validation import check_choice, check_mask_logits, check_range
+from boxteacher.teacher_view import TeacherView, check_teacher_size
+from boxteacher.validation import check_choice, check_mask_logits, check_range, check_whole
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,10 @@ class BoxTeacher(BoxSupervised):
         check_range("pixel_weight", pixel_weight, least=0)
         check_range("affinity_weight", affinity_weight, least=0)
         check_range("pseudo_warmup_steps", pseudo_warmup_steps or 0, least=0)
-        check_range("teacher_interval", teacher_interval, least=1)
+        check_whole("teacher_interval", teacher_interval, least=1)
         check_choice("quality_at", quality_at, ("grid", "image"))
-        for pixels in teacher_size or ():
-            check_range("teacher_size", pixels, least=1)
+        check_choice("teacher_dtype", teacher_dtype, (None, torch.bfloat16, torch.float16))
+        check_teacher_size(teacher_size)
         check_choice("confidence", confidence, ("released", "paper"))
         check_choice("inference", inference, ("teacher", "student"))
         self.momentum = momentum

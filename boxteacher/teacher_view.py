@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from boxteacher.errors import InputError
 from boxteacher.geometry import canvas_size
 from boxteacher.resampling import upsample_aligned
+from boxteacher.validation import check_whole
 
 
 class TeacherView:
@@ -61,11 +63,8 @@ class TeacherView:
         if not self._rescaled:
             return pixels[:, 0] * inside
         view_sizes = _sizes(self.images)[image_index]  # (E, 2)
-        canvas = torch.tensor(pixels.shape[-2:], device=pixels.device)
-        y, x = (
-            _sampling_points(place, sizes[:, k], view_sizes[:, k], canvas[k])
-            for k, place in enumerate((row, column))
-        )  # (E, H), (E, W)
+        y = _sampling_points(row, sizes[:, 0], view_sizes[:, 0], pixels.shape[-2])  # (E, H)
+        x = _sampling_points(column, sizes[:, 1], view_sizes[:, 1], pixels.shape[-1])  # (E, W)
         points = torch.stack(
             [x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], 3
         )  # (E, H, W, 2)
@@ -74,10 +73,11 @@ class TeacherView:
 
 def _sizes(images: Sequence[Tensor]) -> Tensor:
     """Heights and widths (B, 2)."""
-    return torch.tensor([image.shape[-2:] for image in images], device=images[0].device)
+    sizes = torch.tensor([image.shape[-2:] for image in images])
+    return sizes.to(images[0].device, non_blocking=True)
 
 
-def _sampling_points(pixel: Tensor, size: Tensor, view_size: Tensor, canvas: Tensor) -> Tensor:
+def _sampling_points(pixel: Tensor, size: Tensor, view_size: Tensor, canvas: int) -> Tensor:
     """Where pixels (N,) of images (E,) lie in the teacher's canvas, (E, N), as `grid_sample` has it.
 
     Beyond the outermost pixels of the teacher's image their values go on.
@@ -85,6 +85,18 @@ def _sampling_points(pixel: Tensor, size: Tensor, view_size: Tensor, canvas: Ten
     place = (pixel + 0.5) * (view_size / size)[:, None] - 0.5  # (E, N) in the teacher's pixels
     place = place.clamp(min=0).minimum(view_size[:, None] - 1)
     return (2 * place + 1) / canvas - 1
+
+
+def check_teacher_size(size: object) -> None:
+    """Raises InputError unless `size` is None or a shortest and a longest side in pixels."""
+    if size is None:
+        return
+    if not isinstance(size, tuple | list) or len(size) != 2:
+        raise InputError(f"teacher_size is {size!r}: give the shortest and the longest side in pixels")
+    for pixels in size:
+        check_whole("teacher_size", pixels, least=1)
+    if size[0] > size[1]:
+        raise InputError(f"teacher_size is {size!r}: give the shortest side first")
 
 
 def _resized(image: Tensor, shortest: int, longest: int) -> Tensor:

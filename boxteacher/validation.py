@@ -51,6 +51,12 @@ def check_range(
         raise InputError(f"{name} is {value}: give a number {lower}{upper}")
 
 
+def check_whole(name: str, value: object, *, least: int) -> None:
+    """Raises InputError unless `value` is a whole number, at least `least`."""
+    if not isinstance(value, int) or value < least:
+        raise InputError(f"{name} is {value!r}: give a whole number, at least {least}")
+
+
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raises InputError unless `value` is one of `choices`."""
     if value not in choices:

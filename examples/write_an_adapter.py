@@ -17,9 +17,9 @@ from boxteacher import BoxTeacher, Candidates, MaskPredictions, StudentOutput
 from boxteacher.data import CocoInstances, collate, training_transform, write_shapes
 from boxteacher.engine.evaluate import evaluate_segmenter
 from boxteacher.geometry import grid_coordinates, pad_images
+from boxteacher.resampling import upsample_aligned
 from boxteacher.validation import check_labels
 from boxteacher_adapters.parts.backbones import build_backbone
-from boxteacher.resampling import upsample_aligned
 
 
 class PrototypeSegmenter(nn.Module):

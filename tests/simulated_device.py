@@ -27,6 +27,7 @@ _SIZE_DEPENDS_ON_VALUES = (
     "_unique2",
     "unique_consecutive",
     "unique_dim",
+    "bincount",
 )
 _INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
 
@@ -110,14 +111,21 @@ class _Constructors(TorchFunctionMode):
 def _needs_values(func: Any, args: Any, kwargs: Any) -> bool:
     name = func.overloadpacket.__name__
     if name in _INDEXED:
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        return any(index is not None and _index_waits(index) for index in args[1])
     if name == "repeat_interleave":
         return kwargs.get("output_size") is None
-    return name in ("_local_scalar_dense", "equal", "is_nonzero", *_SIZE_DEPENDS_ON_VALUES)
+    if name == "copy_":
+        return _is_simulated(args[0]) != _is_simulated(args[1]) and not (len(args) > 2 and args[2])
+    return name in ("_local_scalar_dense", "equal", "allclose", "is_nonzero", *_SIZE_DEPENDS_ON_VALUES)
 
 
 def _copies(func: Any, kwargs: Any) -> bool:
     return func.overloadpacket.__name__ == "_to_copy" and not kwargs.get("non_blocking")
+
+
+def _index_waits(index: Tensor) -> bool:
+    """A mask's length must be counted; an index of the CPU's must be copied."""
+    return index.dtype in (torch.bool, torch.uint8) or not _is_simulated(index)
 
 
 def _is_simulated(value: Any) -> bool:

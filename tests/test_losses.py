@@ -171,6 +171,21 @@ def test_pair_sums_do_not_depend_on_how_boxes_are_packed(monkeypatch):
         assert torch.equal(counts, expected[1])
 
 
+def test_the_work_grows_with_the_boxes_and_not_with_the_grid():
+    """A box's sheet holds the box with its border and, at most, what its width class adds."""
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randint(0, 180, (100, 2), generator=generator)
+    extents = torch.cat([first, first + torch.randint(2, 100, (100, 2), generator=generator)], 1)
+    border = 3
+    with_border = (extents[:, 2:] - extents[:, :2] + 2 * border).prod(1).sum()
+    cells = [
+        sum(sheet.inside.numel() for sheet in canvas.box_canvases(extents, grid, border))
+        for grid in ((300, 300), (3000, 5000))
+    ]
+    assert cells[0] == cells[1]
+    assert with_border <= cells[0] <= canvas._WIDTH_RATIO * with_border
+
+
 def test_masks_in_another_order_have_the_same_sums():
     scene = random_scene(9, 16, 24)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))

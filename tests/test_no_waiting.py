@@ -37,7 +37,7 @@ class OnDevice(nn.Module):
         return StudentOutput({}, [MaskPredictions(logits, target_index)])
 
 
-def step(to_device) -> tuple[BoxTeacher, list[Tensor], list[dict[str, Tensor]], Tensor]:
+def step(to_device, **settings) -> tuple[BoxTeacher, list[Tensor], list[dict[str, Tensor]], Tensor]:
     """A model, a batch of two images and five boxes, and the logits that the losses teach."""
     generator = torch.Generator().manual_seed(0)
     candidates = {
@@ -49,7 +49,7 @@ def step(to_device) -> tuple[BoxTeacher, list[Tensor], list[dict[str, Tensor]], 
     logits = to_device(torch.randn(6, 16, 16, generator=generator)).requires_grad_()
     index = to_device(torch.tensor([0, 1, 2, 3, 4, 4]))
     model = BoxTeacher(
-        OnDevice({name: to_device(value) for name, value in candidates.items()}, logits, index)
+        OnDevice({name: to_device(value) for name, value in candidates.items()}, logits, index), **settings
     )
     images = [to_device(image) for image in seeded_images((64, 64), (50, 61))]
     drawn = torch.rand(2, 50, 61, generator=generator) < 0.5
@@ -58,15 +58,16 @@ def step(to_device) -> tuple[BoxTeacher, list[Tensor], list[dict[str, Tensor]], 
     return model.train(), images, targets, logits
 
 
-def test_a_step_waits_for_the_candidates_to_draw_and_for_the_boxes_sizes_alone():
+@pytest.mark.parametrize("settings", [{}, {"quality_at": "image"}, {"teacher_size": (50, 64)}])
+def test_a_step_waits_for_the_candidates_to_draw_and_for_the_boxes_sizes_alone(settings):
     with SimulatedDevice() as device:
-        model, images, targets, logits = step(DeviceTensor)
+        model, images, targets, logits = step(DeviceTensor, **settings)
         torch.manual_seed(1)
         losses = model(images, targets)
         sum(losses.values()).backward()
     assert device.waits == {("teacher.py", "nonzero"): 1, ("canvas.py", "_to_copy"): 1}
     # The simulation computes what the CPU does, so the step it watched was a whole one.
-    model, images, targets, expected = step(torch.clone)
+    model, images, targets, expected = step(torch.clone, **settings)
     torch.manual_seed(1)
     on_cpu = model(images, targets)
     sum(on_cpu.values()).backward()
@@ -100,6 +101,11 @@ WAITS = {
     "tensor": lambda x: torch.tensor([1, 2], device=x.device),
     "new_tensor": lambda x: x.new_tensor([1, 2]),
     "to": lambda x: torch.ones(3).to(x.device),
+    "copy to the device": lambda x: x.copy_(torch.ones(3)),
+    "copy from the device": lambda x: torch.ones(3).copy_(x),
+    "index on the CPU": lambda x: x[torch.tensor([0, 1])],
+    "allclose": lambda x: torch.allclose(x, x),
+    "bincount": lambda x: torch.bincount(x.long()),
 }
 WAITLESS = {
     "where": lambda x: torch.where(x > 0, x, 0.0),

@@ -168,7 +168,9 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "pseudo_warmup_steps": st.just(0) | count,
     "momentum": st.floats(0, 1),
     "iou_threshold": st.floats(0.01, 1),
-    "teacher_size": st.just(()) | st.tuples(count, count),
+    "teacher_size": st.just(()) | st.tuples(count, count).map(sorted).map(tuple),
+    "teacher_dtype": st.sampled_from(["float32", "bfloat16"]),
+    "teacher_interval": count,
     "quality_at": st.sampled_from(["grid", "image"]),
 }
 

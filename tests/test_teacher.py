@@ -67,6 +67,20 @@ def test_the_teacher_is_frozen_and_looks_in_evaluation_mode():
     assert all(p.grad is not None for p in model.student.parameters())
 
 
+def test_a_candidate_whose_first_wish_is_taken_gets_its_second():
+    """Two boxes alike, and two candidates that both prefer the first."""
+    plan = script(
+        (0, (4, 4, 30, 30), 0.9),
+        (0, (4, 4, 30, 30), 0.8),
+        logits=plateau((1, 1, 8, 8), (1, 1, 8, 8)),
+    )
+    model = teacher_of(plan)
+    model(IMAGES, [target((4, 4, 30, 30), (4, 4, 30, 32)), target((10, 10, 40, 36))])
+    confidence = model.last_pseudo_masks.confidence
+    assert confidence[0] > confidence[1] > 0
+    assert confidence[2] == 0
+
+
 def test_the_student_alone_sees_the_augmentation():
     class Negative(nn.Module):
         def forward(self, images: list[Tensor]) -> list[Tensor]:

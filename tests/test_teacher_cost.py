@@ -89,6 +89,16 @@ def test_a_drawn_mask_teaches_in_every_step():
     assert model.last_pseudo_masks.confidence.tolist() == [1.0]
 
 
-def test_a_teacher_is_asked_at_least_once():
-    with pytest.raises(InputError, match="teacher_interval is 0"):
-        teacher_of(proposing(), teacher_interval=0)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teacher_interval": 0}, "teacher_interval is 0: give a whole number, at least 1"),
+        ({"teacher_interval": 1.5}, "teacher_interval is 1.5"),
+        ({"teacher_interval": "2"}, "teacher_interval is '2'"),
+        ({"teacher_dtype": "bf16"}, "teacher_dtype is 'bf16': take one of None, torch.bfloat16"),
+        ({"teacher_dtype": torch.int8}, "teacher_dtype is torch.int8"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        teacher_of(proposing(), **settings)

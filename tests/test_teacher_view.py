@@ -96,6 +96,10 @@ def test_a_teacher_at_twice_the_size_finds_the_same_mask(place):
     [
         ({"quality_at": "pixel"}, "quality_at is 'pixel': take one of 'grid', 'image'"),
         ({"teacher_size": (0, 100)}, "teacher_size is 0"),
+        ({"teacher_size": 96}, "teacher_size is 96: give the shortest and the longest"),
+        ({"teacher_size": (96,)}, r"teacher_size is \(96,\): give the shortest and the longest"),
+        ({"teacher_size": (96.5, 160)}, "teacher_size is 96.5: give a whole number"),
+        ({"teacher_size": (160, 96)}, "give the shortest side first"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

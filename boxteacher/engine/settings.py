@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from boxteacher.engine.devices import pick_device
 from boxteacher.errors import InputError
-from boxteacher.validation import check_choice, check_range
+from boxteacher.teacher_view import check_teacher_size
+from boxteacher.validation import check_choice, check_range, check_whole
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class TrainSettings:
         iou_threshold: least IoU of a candidate's box with the box it is assigned to.
         teacher_size: shortest and greatest longest side of the teacher's images in pixels; it sees the
             student's if empty.
+        teacher_dtype: what the teacher computes in.
+        teacher_interval: optimizer steps from one question to the teacher to the next.
         quality_at: where a pseudo mask's quality is measured, on the mask "grid" or at the "image"'s pixels.
     """
 
@@ -81,6 +84,8 @@ class TrainSettings:
     iou_threshold: float = 0.5
     teacher_size: tuple[int, ...] = ()
     quality_at: Literal["grid", "image"] = "grid"
+    teacher_dtype: Literal["float32", "bfloat16"] = "float32"
+    teacher_interval: int = 1
 
     def __post_init__(self) -> None:
         check_choice("supervision", self.supervision, ("teacher", "box", "mask"))
@@ -97,14 +102,15 @@ class TrainSettings:
             check_range(name, getattr(self, name), least=0)
         for name in ("warmup_steps", "pseudo_warmup_steps", "lr_warmup_steps"):
             check_range(name, _given(getattr(self, name), 0), least=0)
-        for name in ("shortest_side", "lr_steps", "teacher_size"):
+        for name in ("shortest_side", "lr_steps"):
             for value in getattr(self, name):
                 check_range(name, value, least=1)
         if list(self.lr_steps) != sorted(set(self.lr_steps)):
             raise InputError(f"lr_steps is {self.lr_steps}: give each step once, in rising order")
 
-        if len(self.teacher_size) not in (0, 2):
-            raise InputError(f"teacher_size is {self.teacher_size}: give the shortest and the longest side")
+        check_teacher_size(self.teacher_size or None)
+        check_choice("teacher_dtype", self.teacher_dtype, ("float32", "bfloat16"))
+        check_whole("teacher_interval", self.teacher_interval, least=1)
 
     def resolved(self) -> "TrainSettings":
         """The same with every default that depends on the run's length, or on the machine, filled in."""

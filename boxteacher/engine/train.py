@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _COCO_IGNORED_BOTTOM_ROWS = 10
 _CHECKPOINTS_PER_RUN = 10
+_TEACHER_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 _AUGMENTATIONS: dict[str, Callable[[], nn.Module]] = {
     "none": nn.Identity,
     "strong": partial(StrongAugmentation, blur=0.0),
@@ -160,6 +161,8 @@ def supervise(segmenter: nn.Module, settings: TrainSettings) -> Supervision:
         augmentation=_AUGMENTATIONS[settings.augmentation](),
         teacher_size=teacher_size or None,
         quality_at=settings.quality_at,
+        teacher_dtype=_TEACHER_DTYPES[settings.teacher_dtype],
+        teacher_interval=settings.teacher_interval,
     )
 
 
