@@ -210,10 +210,11 @@ def _detections_of_image(class_logits: Tensor, logits: Tensor, size: tuple[int, 
 def build_mask2former(
     num_classes: int, *, backbone: str = "resnet50", weights: Weights = "imagenet", image_size: int = 1333
 ) -> Mask2Former:
-    """Mask2Former as the paper has it, or, for images of at most 512 pixels, a smaller one.
+    """Mask2Former with a spatial prior; for images of at most 512 pixels smaller than the paper's.
 
-    The smaller has 128 channels instead of 256, three encoder layers instead of six, three decoder layers
-    instead of nine, and a spatial prior, so that it soon learns masks from boxes alone.
+    The prior lets masks be learnt from boxes alone; `Mask2Former(...)` itself has none unless asked. The
+    smaller network has 128 channels instead of 256, three encoder layers instead of six and three decoder
+    layers instead of nine.
 
     Args:
         num_classes: C.
@@ -226,7 +227,7 @@ def build_mask2former(
     """
     body = build_backbone(backbone, weights, strides=STRIDES)
     if image_size > 512:
-        return Mask2Former(body, num_classes)
+        return Mask2Former(body, num_classes, spatial_prior=True)
     return Mask2Former(
         body, num_classes, channels=128, encoder_layers=3, decoder_layers=3, spatial_prior=True
     )
