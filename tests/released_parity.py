@@ -34,16 +34,22 @@ class Released:
     """The original's numbers, and the two networks with the weights that they were computed from."""
 
     numbers: dict[str, Tensor]
+    images: list[Tensor]
     student: nn.Module
     teacher: nn.Module
 
 
-def load_released(name: str, folder: Path) -> Released:
-    """Of r50, r101, r101_dcn or swin-base; `folder` holds `forward_NAME.npz`."""
+def load_released(name: str, folder: Path, noise: float = 0.0) -> Released:
+    """Of r50, r101, r101_dcn or swin-base; `folder` holds `forward_NAME.npz`.
+
+    With noise, pixels are not those that the original saw but randomly off by that part of their value.
+    """
     with np.load(folder / f"forward_{name}.npz") as arrays:
         numbers = {key: torch.from_numpy(arrays[key]) for key in arrays.files if key != "adjust"}
     shapes = released_shapes(name)
-    return Released(numbers, _network(only("student", shapes)), _network(only("teacher", shapes)))
+    return Released(
+        numbers, images(noise), _network(only("student", shapes)), _network(only("teacher", shapes))
+    )
 
 
 def _network(shapes: Shapes) -> nn.Module:
@@ -57,9 +63,11 @@ def _network(shapes: Shapes) -> nn.Module:
     return segmenter.eval()
 
 
-def images() -> list[Tensor]:
-    pixels = reference("forward_solov2_r50")  # the same two for every network
-    return [pixels(f"image_{i}") / 255 for i in range(2)]
+def images(noise: float = 0.0) -> list[Tensor]:
+    array = reference("forward_solov2_r50")  # the same two for every network
+    generator = torch.Generator().manual_seed(0)
+    pixels = [array(f"image_{i}") / 255 for i in range(2)]
+    return [each * (1 + noise * torch.randn(each.shape, generator=generator)) for each in pixels]
 
 
 def difference(actual: Tensor, wanted: Tensor) -> float:
@@ -72,7 +80,7 @@ def difference(actual: Tensor, wanted: Tensor) -> float:
 def feature_differences(released: Released) -> dict[str, float]:
     """Of the pyramid's means and deviations and the mask features of the student."""
     student, numbers = released.student, released.numbers
-    pyramid = _pyramid(student)
+    pyramid = _pyramid(released)
     found = {"mask_features": student.mask_branch(list(pyramid.values())[:3])}
     for level, maps in pyramid.items():
         found[f"{level}_mean"], found[f"{level}_std"] = maps.mean((2, 3)), maps.std((2, 3))
@@ -83,7 +91,7 @@ def feature_differences(released: Released) -> dict[str, float]:
 def head_differences(released: Released) -> dict[str, float]:
     """Of the student's head outputs on each level."""
     student, numbers = released.student, released.numbers
-    levels = list(_pyramid(student).values())
+    levels = list(_pyramid(released).values())
     outputs = student.box_head(levels)
     found, first = {}, 0
     for level, maps in enumerate(levels):
@@ -102,8 +110,9 @@ def head_differences(released: Released) -> dict[str, float]:
     return found
 
 
-def _pyramid(student: nn.Module) -> dict[str, Tensor]:
-    batch = pad_images([student.backbone.normalize(image) for image in images()], 32)
+def _pyramid(released: Released) -> dict[str, Tensor]:
+    student = released.student
+    batch = pad_images([student.backbone.normalize(image) for image in released.images], 32)
     return student.fpn(dict(zip(("p3", "p4", "p5"), student.backbone(batch), strict=True)))
 
 
@@ -121,7 +130,7 @@ def detection_differences(released: Released) -> Iterator[DetectionDifferences]:
     """Of each network and image."""
     for network in ("student", "teacher"):
         with torch.no_grad():
-            detections = getattr(released, network)(images())
+            detections = getattr(released, network)(released.images)
         for i, found in enumerate(detections):
             wanted = {
                 key.removeprefix(f"{network}_{i}_"): value
@@ -162,7 +171,7 @@ def step_differences(released: Released) -> tuple[dict[str, float], dict[str, fl
         }
         for i in range(2)
     ]
-    losses = model.train()(images(), targets)
+    losses = model.train()(released.images, targets)
     found = {
         ours: difference(losses[ours].detach(), numbers[f"train_loss_{theirs}"])
         for ours, theirs in LOSSES.items()

@@ -116,10 +116,18 @@ def test_numbers_out_of_range_are_refused_by_the_parser(shapes, tmp_path, capsys
     assert option in capsys.readouterr().err
 
 
+UNREADABLE = ("empty", "truncated", "picture", "foreign", "other", "nothing", "half", "info")
+WRONG_INFO = {
+    "size": {"image_size": "big"},
+    "side": {"shortest_side": "x"},
+    "classes": {"class_names": 5},
+    "ids": {"category_ids": [1, 2]},
+}
+
+
 def broken_checkpoints(run: Path, folder: Path) -> dict[str, Path]:
     content = torch.load(run / "last.pt", weights_only=True)
-    names = ("empty", "truncated", "picture", "foreign", "other", "nothing", "half", "info")
-    paths = {name: folder / f"{name}.pt" for name in names}
+    paths = {name: folder / f"{name}.pt" for name in (*UNREADABLE, *WRONG_INFO, "text")}
     paths["empty"].write_bytes(b"")
     paths["truncated"].write_bytes((run / "last.pt").read_bytes()[:-5000])
     paths["picture"].write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(300))
@@ -128,12 +136,13 @@ def broken_checkpoints(run: Path, folder: Path) -> dict[str, Path]:
     weights = dict(list(content["weights"].items())[:10])
     torch.save({**content, "weights": weights}, paths["half"])
     torch.save({**content, "info": {"model": "condinst"}}, paths["info"])
+    for name, wrong in WRONG_INFO.items():
+        torch.save({**content, "info": {**content["info"], **wrong}}, paths[name])
+    torch.save({**content, "weights": {**content["weights"], "mean": "text"}}, paths["text"])
     return paths
 
 
-@pytest.mark.parametrize(
-    "kind", ["empty", "truncated", "picture", "foreign", "other", "nothing", "half", "info"]
-)
+@pytest.mark.parametrize("kind", [*UNREADABLE, *WRONG_INFO, "text"])
 def test_a_broken_checkpoint_is_named_in_one_line(run, shapes, tmp_path, capsys, kind):
     path = broken_checkpoints(run, tmp_path)[kind]
     assert str(path) in error_of(["evaluate", str(path), "--data", str(shapes), "--workers", "0"], capsys)

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from boxteacher.cli import main
 from boxteacher.data.coco_categories import COCO_CATEGORIES
-from boxteacher.engine.checkpoint import load_checkpoint
+from boxteacher.engine.checkpoint import is_checkpoint, load_checkpoint
 from boxteacher.engine.segmenters import build_segmenter
 from boxteacher.engine.weights import as_whole_model, build_with_weights, fill
 from boxteacher.errors import InputError
@@ -375,9 +375,46 @@ def test_an_imagenet_backbone_is_converted(tmp_path, capsys):
     line = capsys.readouterr().out
     assert "ImageNet weights of resnet50_caffe" in line
     assert "2 that the network does not need (linear.weight, linear.bias)" in line
+    # Torchvision's ResNet sees images otherwise, so it must not take these weights for its own.
+    with pytest.raises(InputError, match="are not those of resnet50"):
+        build_backbone("resnet50", out)
     direct, converted = (build_backbone("resnet50_caffe", path).state_dict() for path in (source, out))
     assert all(torch.equal(converted[name], value) for name, value in direct.items())
     assert np.array_equal(direct["network.layer1.0.conv1.weight"].numpy(), arrays["res2.0.conv1.weight"])
+
+
+def test_a_file_that_would_grow_is_not_even_opened_by_torch(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    path.write_bytes(compressed(saved({"format": "boxteacher segmenter 1", "w": torch.zeros(10**6)})))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was reached"))
+    assert not is_checkpoint(path)
+    for read in (load_checkpoint, read_weight_file):
+        with pytest.raises(InputError):
+            read(path)
+
+
+def test_arrays_that_share_their_bytes_cannot_outgrow_the_file(tmp_path):
+    """Forty arrays of one run of bytes: each is no larger than the file, all together are."""
+    array = np.zeros(10_000, np.float32)
+    ((frombuffer, (buffer, *rest)),) = [array.__reduce_ex__(5)[:2]]
+    data = bytes(buffer)
+
+    class Sharing:
+        def __reduce__(self) -> Any:
+            return frombuffer, (data, *rest)
+
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps({f"w{i}": Sharing() for i in range(40)}, protocol=5))
+    assert path.stat().st_size < 2 * array.nbytes
+    with pytest.raises(InputError, match="larger than the file"):
+        read_weight_file(path)
+    path.write_bytes(pickle.dumps({"w": Sharing()}, protocol=5))
+    assert read_weight_file(path)["w"].shape == (10_000,)
+
+
+def test_a_folder_that_does_not_exist_is_named_before_the_work(teacher_file, tmp_path, capsys):
+    out = tmp_path / "nowhere" / "out.pt"
+    assert f"there is no folder {out.parent}" in error_of(["convert", str(teacher_file), str(out)], capsys)
 
 
 def test_what_is_not_known_is_refused(tmp_path, capsys):

@@ -36,7 +36,7 @@ PUBLISHED = {
     "condinst_swin_b_3x": ("swin_b_caffe", LONG, ADAMW, "40.2", "40.5"),
 }
 OTHERS = {
-    "solov2_r50_3x": {"model": "solov2", **SGD, **LONG},
+    "solov2_r50_3x": {"model": "solov2", "backbone": "resnet50_caffe", **SGD, **LONG},
     "mask_rcnn_r50_1x": {"model": "mask_rcnn", **SGD, **SHORT, "lr": 0.02},
     "mask2former_r50_50ep": {
         "model": "mask2former",

@@ -30,8 +30,8 @@ class ReleasedWeights:
         model: name of the segmenter that `build_segmenter` knows; None for a backbone alone.
         backbone: name that `build_backbone` knows.
         num_classes: of the segmenter; 0 for a backbone alone.
-        weights: entries under the names of the segmenter's state dict, or of the backbone's network; an entry
-            that has no place there keeps its name.
+        weights: entries under the names of the segmenter's state dict, where one that has no place keeps its
+            name; a backbone's keep their names, by which other backbones know them for another's.
         description: of the file, for messages.
         left_out: entries that the network does not need.
     """
@@ -118,7 +118,7 @@ def _imagenet_backbone(
         model=None,
         backbone=backbone,
         num_classes=0,
-        weights={name: value for name, value in weights.items() if name in fitted},
+        weights={name: value for name, value in state.items() if name_of(name) in fitted},
         description=f"ImageNet weights of {backbone}",
         left_out=tuple(key for key in state if name_of(key) not in fitted),
     )

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from boxteacher.engine.files import write_atomically
 from boxteacher.engine.segmenters import build_segmenter
 from boxteacher.errors import InputError
+from boxteacher.torch_files import read_torch_file
+from boxteacher.validation import check_whole
 
 _FORMAT = "boxteacher segmenter 1"
 
@@ -34,6 +36,15 @@ class SegmenterInfo:
     class_names: list[str]
     category_ids: list[int]
     shortest_side: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.class_names, list) and isinstance(self.category_ids, list)):
+            raise TypeError("class_names and category_ids are not both lists")
+        if len(self.class_names) != len(self.category_ids):
+            raise ValueError(f"{len(self.class_names)} class names, {len(self.category_ids)} category ids")
+        check_whole("image_size", self.image_size, least=1)
+        if self.shortest_side is not None:
+            check_whole("shortest_side", self.shortest_side, least=1)
 
 
 def save_checkpoint(path: Path, segmenter: nn.Module, info: SegmenterInfo) -> None:
@@ -62,7 +73,9 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, SegmenterInfo]:
     try:
         info = SegmenterInfo(**content["info"])
         weights: dict[str, Tensor] = dict(content["weights"])
-    except (KeyError, TypeError, ValueError) as error:
+        if not all(isinstance(value, Tensor) for value in weights.values()):
+            raise TypeError("an entry of its weights is no tensor")
+    except (KeyError, TypeError, ValueError, InputError) as error:
         raise InputError(
             f"{path}: its description is incomplete ({error}); give one that `boxteacher train` wrote"
         ) from error
@@ -103,7 +116,7 @@ def _preprocessing(segmenter: nn.Module) -> dict[str, Any] | None:
 def is_checkpoint(path: Path) -> bool:
     """Whether a file says that it is a checkpoint of this library."""
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = read_torch_file(path)
     except Exception:  # noqa: BLE001  a file of another kind raises whatever its bytes lead to
         return False
     return isinstance(content, dict) and content.get("format") == _FORMAT
@@ -113,7 +126,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a checkpoint that `boxteacher train` wrote")
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_torch_file(path)
     except Exception as error:  # torch.load raises whatever the broken byte leads to
         raise InputError(
             f"{path}: cannot be read as a checkpoint ({type(error).__name__}); it is truncated or not one: "

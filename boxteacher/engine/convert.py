@@ -6,7 +6,7 @@ import torch
 
 from boxteacher.data.coco_categories import COCO_CATEGORIES
 from boxteacher.engine.checkpoint import SegmenterInfo, is_checkpoint, save_checkpoint
-from boxteacher.engine.files import write_atomically
+from boxteacher.engine.files import check_new_file, write_atomically
 from boxteacher.engine.segmenters import build_segmenter
 from boxteacher.engine.weights import WholeModel, as_whole_model, fill, read_released, some
 from boxteacher.errors import InputError
@@ -28,8 +28,7 @@ def convert(source: Path, destination: Path) -> str:
     Raises:
         InputError: the file cannot be read, is of an unknown kind, or does not fit; nothing is written.
     """
-    if destination.exists():
-        raise InputError(f"{destination} exists: give another name, or remove that file first")
+    check_new_file(destination)
     if is_checkpoint(source):
         raise InputError(f"{source}: is a checkpoint of this library already; evaluate it as it is")
     released = read_released(source)

@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import resize
 
 from boxteacher.data.images import read_image
 from boxteacher.engine.checkpoint import load_checkpoint
-from boxteacher.engine.files import write_atomically
+from boxteacher.engine.files import check_new_file, write_atomically
 from boxteacher.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -96,10 +96,7 @@ def export(
 def _check_output(output: Path) -> None:
     if output.suffix not in _WRITERS:
         raise InputError(f"{output}: no format {output.suffix!r}: end it in {', '.join(_WRITERS)}")
-    if output.exists():
-        raise InputError(f"{output} exists: move it away or give another name")
-    if not output.parent.is_dir():
-        raise InputError(f"{output}: there is no folder {output.parent}: make it or give another name")
+    check_new_file(output)
     missing = [
         name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None
     ]

@@ -1,9 +1,11 @@
-"""Files that a crash never leaves half written."""
+"""Files that are written whole or not at all."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from boxteacher.errors import InputError
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -16,3 +18,11 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_new_file(path: Path) -> None:
+    """Raises InputError if the file exists already, or its folder does not."""
+    if path.exists():
+        raise InputError(f"{path} exists: move it away or give another name")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}: make it or give another name")

@@ -2,7 +2,7 @@
 
 SETTINGS = {
     "model": "solov2",
-    "backbone": "resnet50",
+    "backbone": "resnet50_caffe",
     "mask_samples": 64,
     "image_size": 1333,
     "shortest_side": (640, 672, 704, 736, 768, 800),

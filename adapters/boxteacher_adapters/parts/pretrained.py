@@ -76,8 +76,9 @@ def _downloaded(described: PretrainedNetwork, name: str) -> dict[str, Tensor]:
         return described.download()
     except Exception as error:  # a broken file in the cache raises whatever its bytes lead to
         raise InputError(
-            f"ImageNet weights of {name} cannot be had ({_first_line(error)}): empty torch's download cache "
-            "if a file in it is broken, give one with --weights FILE, or begin with --weights none"
+            f"ImageNet weights of {name} cannot be had ({_first_line(error)}): download them by hand and "
+            "give them with --weights FILE, remove the file from torch's cache if it is broken, or begin "
+            "with --weights none"
         ) from error
 
 
@@ -86,7 +87,10 @@ def weights_at(url: str) -> dict[str, Tensor]:
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(file))
+        try:
+            torch.hub.download_url_to_file(url, str(file))
+        except OSError as error:
+            raise OSError(f"{url} to {file}: {error}") from error
     return read_weight_file(file)
 
 

@@ -4,9 +4,9 @@ import math
 import pickle
 import pickletools
 import re
-import warnings
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from boxteacher.errors import InputError
+from boxteacher.torch_files import read_torch_file
 
 _WRAPPERS = ("model", "state_dict", "blobs")  # detectron2's and Swin's, timm's, Caffe2's
 _DTYPE_CODES = ("b1", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
@@ -33,7 +34,7 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"weights {path} do not exist: check the path")
     try:
-        content = _read_pickle(path) if path.suffix == ".pkl" else _read_torch(path)
+        content = _read_pickle(path) if path.suffix == ".pkl" else read_torch_file(path)
     except Exception as error:  # a broken or hostile byte raises whatever it leads to
         raise InputError(
             f"weights {path} cannot be read ({_reason(error)}): give a state dict that torch saved, or a "
@@ -78,24 +79,13 @@ def _reason(error: Exception) -> str:
     return (reason.splitlines() or [""])[0][:120] or type(error).__name__
 
 
-def _read_torch(path: Path) -> Any:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            # Torch stores; what is compressed could grow to any size.
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise pickle.UnpicklingError("it is a compressed archive, not torch's")
-    with warnings.catch_warnings():  # of torch, that it might not understand the file
-        warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def _read_pickle(path: Path) -> Any:
     if zipfile.is_zipfile(path):
-        return _read_torch(path)
+        return read_torch_file(path)
     with path.open("rb") as file:
         _check_memo(file)
         file.seek(0)
-        return _ArrayUnpickler(file, encoding="latin1").load()  # Python 2 wrote arrays as text
+        return _ArrayUnpickler(file, _Budget(2 * path.stat().st_size)).load()
 
 
 def _check_memo(file: Any) -> None:
@@ -105,6 +95,18 @@ def _check_memo(file: Any) -> None:
             raise pickle.UnpicklingError("it numbers more objects than it has")
 
 
+class _Budget:
+    """Bytes that may still be made: all arrays together are no larger than the file, nor is all text."""
+
+    def __init__(self, size: int) -> None:
+        self.left = size
+
+    def spend(self, size: int) -> None:
+        self.left -= size
+        if self.left < 0:
+            raise pickle.UnpicklingError("its arrays are larger than the file")
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Admits numpy's arrays and containers of them.
 
@@ -112,8 +114,12 @@ class _ArrayUnpickler(pickle.Unpickler):
     array is never larger than its bytes in the file.
     """
 
+    def __init__(self, file: Any, budget: _Budget) -> None:
+        super().__init__(file, encoding="latin1")  # Python 2 wrote arrays as text
+        self._constructors = _constructors(budget)
+
     def find_class(self, module: str, name: str) -> Any:
-        constructor = _CONSTRUCTORS.get((module.replace("numpy._core", "numpy.core"), name))
+        constructor = self._constructors.get((module.replace("numpy._core", "numpy.core"), name))
         if constructor is None:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not an array")
         return constructor
@@ -159,46 +165,47 @@ class _Array:
 
     tensor: Tensor | None = None
 
-    def __init__(self, *_: Any) -> None:
-        pass
+    def __init__(self, budget: _Budget) -> None:
+        self._budget = budget
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, column_major, data = state
-        self.tensor = _tensor(data, dtype, shape, column_major)
+        self.fill(data, dtype, shape, column_major)
+
+    def fill(self, data: Any, dtype: Any, shape: Any, column_major: Any) -> "_Array":
+        raw = data.encode("latin1") if isinstance(data, str) else data
+        if not isinstance(raw, bytes | bytearray) or not isinstance(dtype, _Dtype):
+            raise pickle.UnpicklingError("it holds an array that is not made of numbers")
+        if not all(isinstance(side, int) and side >= 0 for side in shape):
+            raise pickle.UnpicklingError("it holds an array of no shape")
+        if math.prod(shape) * dtype.dtype.itemsize != len(raw):
+            raise pickle.UnpicklingError("it holds an array whose bytes do not fill its shape")
+        self._budget.spend(len(raw))
+        array = np.frombuffer(raw, dtype.dtype).reshape(shape, order="F" if column_major else "C")
+        self.tensor = torch.from_numpy(array.astype(dtype.dtype.newbyteorder("="), order="C"))
+        return self
 
 
-def _tensor(data: Any, dtype: Any, shape: Any, column_major: Any) -> Tensor:
-    raw = data.encode("latin1") if isinstance(data, str) else data
-    if not isinstance(raw, bytes | bytearray) or not isinstance(dtype, _Dtype):
-        raise pickle.UnpicklingError("it holds an array that is not made of numbers")
-    if not all(isinstance(side, int) and side >= 0 for side in shape):
-        raise pickle.UnpicklingError("it holds an array of no shape")
-    if math.prod(shape) * dtype.dtype.itemsize != len(raw):
-        raise pickle.UnpicklingError("it holds an array whose bytes do not fill its shape")
-    array = np.frombuffer(raw, dtype.dtype).reshape(shape, order="F" if column_major else "C")
-    return torch.from_numpy(array.astype(dtype.dtype.newbyteorder("="), order="C"))
-
-
-def _array_of(data: Any, dtype: Any, shape: Any, column_major: bool) -> _Array:
-    array = _Array()
-    array.tensor = _tensor(data, dtype, shape, column_major)
-    return array
-
-
-def _encode(text: Any, encoding: Any) -> bytes:
+def _encode(budget: _Budget, text: Any, encoding: Any) -> bytes:
     if not isinstance(text, str) or encoding != "latin1":
         raise pickle.UnpicklingError("it encodes something that is not bytes")
+    budget.spend(len(text))
     return text.encode("latin1")
 
 
-_CONSTRUCTORS = {
-    ("collections", "OrderedDict"): _Constructor(_Dict),
-    ("numpy", "ndarray"): _Constructor(_Array),
-    ("numpy", "dtype"): _Constructor(_Dtype),
-    ("numpy.core.multiarray", "_reconstruct"): _Constructor(_Array),
-    ("numpy.core.multiarray", "scalar"): _Constructor(lambda dtype, data: _array_of(data, dtype, (), False)),
-    ("numpy.core.numeric", "_frombuffer"): _Constructor(
-        lambda data, dtype, shape, order: _array_of(data, dtype, shape, order == "F")
-    ),
-    ("_codecs", "encode"): _Constructor(_encode),  # how Python 3 writes bytes for Python 2
-}
+def _constructors(budget: _Budget) -> dict[tuple[str, str], _Constructor]:
+    array = _Constructor(lambda *_: _Array(budget))
+    return {
+        ("collections", "OrderedDict"): _Constructor(_Dict),
+        ("numpy", "ndarray"): array,
+        ("numpy", "dtype"): _Constructor(_Dtype),
+        ("numpy.core.multiarray", "_reconstruct"): array,
+        ("numpy.core.multiarray", "scalar"): _Constructor(
+            lambda dtype, data: _Array(budget).fill(data, dtype, (), False)
+        ),
+        ("numpy.core.numeric", "_frombuffer"): _Constructor(
+            lambda data, dtype, shape, order: _Array(budget).fill(data, dtype, shape, order == "F")
+        ),
+        # How Python 3 writes bytes for Python 2.
+        ("_codecs", "encode"): _Constructor(partial(_encode, budget)),
+    }
