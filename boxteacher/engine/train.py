@@ -59,18 +59,7 @@ def train(settings: TrainSettings) -> Path:
     torch.manual_seed(settings.seed)
     device = torch.device(settings.device)
     data = training_data(settings)
-    segmenter = build_with_weights(
-        settings.model,
-        len(data.class_names),
-        backbone=settings.backbone,
-        weights=settings.weights,
-        image_size=settings.image_size,
-        mask_samples=settings.mask_samples,
-    )
-    _check_validation_split(settings, data)
-    # The order that convolutions are fastest in, on processors as on GPUs.
-    segmenter = segmenter.to(memory_format=torch.channels_last)
-    model = supervise(segmenter, settings).to(device).train()
+    model = _supervised_segmenter(settings, data).to(device).train()
     _check_batch_norms(model.student, settings)
     optimizer = build_optimizer(model.student, settings)
     schedule = build_schedule(optimizer, settings)
@@ -102,6 +91,20 @@ def train(settings: TrainSettings) -> Path:
                 save_checkpoint(checkpoint, model.segmenter, info)
                 saved = step
     return checkpoint
+
+
+def _supervised_segmenter(settings: TrainSettings, data: CocoInstances) -> Supervision:
+    segmenter = build_with_weights(
+        settings.model,
+        len(data.class_names),
+        backbone=settings.backbone,
+        weights=settings.weights,
+        image_size=settings.image_size,
+        mask_samples=settings.mask_samples,
+    )
+    _check_validation_split(settings, data)
+    # The order that convolutions are fastest in, on processors as on GPUs.
+    return supervise(segmenter.to(memory_format=torch.channels_last), settings)
 
 
 def training_data(settings: TrainSettings) -> CocoInstances:
