@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from boxteacher.augmentation import StrongAugmentation
+from tests.support import seeded_images
 
 
 @settings(max_examples=20, deadline=None)
@@ -58,3 +59,40 @@ def test_autocast_does_not_round_pixels(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype):
         cast = StrongAugmentation()(images)
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+def test_augmentation_keeps_sizes_and_range_and_leaves_its_input_alone():
+    torch.manual_seed(0)
+    images = seeded_images((33, 47), (20, 21), (48, 64))
+    before = [image.clone() for image in images]
+    for _ in range(10):
+        for view, image in zip(StrongAugmentation()(images), images, strict=True):
+            assert view.shape == image.shape
+            assert view.min() >= 0
+            assert view.max() <= 1
+    assert all(torch.equal(a, b) for a, b in zip(images, before, strict=True))
+
+
+def test_augmentation_is_drawn_for_each_image_and_repeats_under_a_seed():
+    image = seeded_images((24, 24))[0]
+    augment = StrongAugmentation()
+
+    def views() -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        return augment([image] * 12)
+
+    first, second = views(), views()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert len({tuple(view.flatten().tolist()) for view in first}) > 6
+
+
+def test_augmentation_changes_no_geometry():
+    """Left bright, right dark: blurred and recoloured, yet on average the step stays in its column."""
+    torch.manual_seed(0)
+    image = torch.full((3, 24, 24), 0.2)
+    image[..., :12] = 0.8
+    views = torch.stack(StrongAugmentation()([image] * 40)).mean(1)  # (40, 24, 24)
+    steps = (views[..., :-1] - views[..., 1:]).abs().mean(1)  # (40, 23)
+    visible = steps.amax(1) > 1e-3
+    assert visible.sum() > 30
+    assert (steps[visible].argmax(1) == 11).all()

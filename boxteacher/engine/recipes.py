@@ -30,7 +30,8 @@ class Recipe:
 
 def recipe_names() -> list[str]:
     """Names that `find_recipe` knows, in alphabetical order."""
-    return sorted(module.name for module in iter_modules(boxteacher.recipes.__path__))
+    names = (module.name for module in iter_modules(boxteacher.recipes.__path__))
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def find_recipe(name: str) -> Recipe:

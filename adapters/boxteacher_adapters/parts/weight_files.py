@@ -173,6 +173,7 @@ class _Array:
         self.fill(data, dtype, shape, column_major)
 
     def fill(self, data: Any, dtype: Any, shape: Any, column_major: Any) -> "_Array":
+        """Takes what the file says of the array; raises UnpicklingError unless its bytes fill its shape."""
         raw = data.encode("latin1") if isinstance(data, str) else data
         if not isinstance(raw, bytes | bytearray) or not isinstance(dtype, _Dtype):
             raise pickle.UnpicklingError("it holds an array that is not made of numbers")

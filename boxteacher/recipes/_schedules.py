@@ -1,0 +1,26 @@
+"""What several recipes share: COCO's image sizes, optimizers, schedules, and the released code's teacher."""
+
+COCO = {"image_size": 1333, "shortest_side": (640, 672, 704, 736, 768, 800), "batch_size": 16}
+
+SGD = {"optimizer": "sgd", "lr": 0.01, "weight_decay": 1e-4, "gradient_clip": 0.0}  # clips nothing
+ADAMW = {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.05}
+
+EPOCHS_12 = {
+    "lr_warmup_steps": 1000,
+    "lr_steps": (60_000, 80_000),
+    "steps": 90_000,
+    "augmentation": "strong",
+}
+EPOCHS_36 = {
+    "lr_warmup_steps": 1000,
+    "lr_steps": (210_000, 250_000),
+    "steps": 270_000,
+    "augmentation": "stronger",
+}
+
+RELEASED_CONDINST = {
+    "model": "condinst",
+    "mask_samples": 64,
+    "teacher_size": (800, 1333),
+    "quality_at": "image",
+}

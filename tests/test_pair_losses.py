@@ -1,0 +1,189 @@
+"""The kernel under the two pair losses: a naive version, gradients, packing, mirrors."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from boxteacher.losses import (
+    BoxRegions,
+    canvas,
+    color_relation,
+    pair_sums,
+)
+from boxteacher.losses.pairs import pair_term
+from boxteacher.neighbours import neighbour_offsets
+from tests.loss_support import Scene, random_scene
+
+
+def neighbours(grid: Tensor, kernel_size: int, dilation: int) -> Tensor:
+    """All neighbours (M, 8, h, w) of each cell of (M, h, w), by `unfold`."""
+    masks, height, width = grid.shape
+    padding = dilation * (kernel_size // 2)
+    columns = F.unfold(grid[:, None], kernel_size, dilation=dilation, padding=padding)
+    columns = columns.view(masks, -1, height, width)
+    middle = kernel_size**2 // 2
+    return torch.cat([columns[:, :middle], columns[:, middle + 1 :]], 1)
+
+
+def naive_pair_sums(scene: Scene, kernel_size: int, dilation: int) -> tuple[Tensor, Tensor]:
+    """Both relations over every cell of the grid, in all directions, with probabilities, not logits."""
+    height, width = scene.logits.shape[1:]
+    row, column = torch.arange(height)[:, None], torch.arange(width)
+    top, left, bottom, right = scene.extents[:, :, None, None].unbind(1)
+    in_box = (row >= top) & (row < bottom) & (column >= left) & (column < right)  # (M, h, w)
+    alike = scene.similarity[scene.image_index] >= 0.5  # (M, 8, h, w)
+    masks = scene.pseudo_masks.double()
+    smooth = (masks + F.avg_pool2d(masks[:, None], 3, stride=1, padding=1)[:, 0]) / 2  # (M, h, w)
+    other = neighbours(smooth, kernel_size, dilation)  # (M, 8, h, w)
+    affinity = smooth[:, None] * other + (1 - smooth[:, None]) * (1 - other)
+    valid = neighbours(scene.valid[scene.image_index].double(), kernel_size, dilation) > 0
+    weights = torch.stack([alike, valid & (affinity >= 0.5)]) & in_box[:, None]  # (2, M, 8, h, w)
+    p = scene.logits.sigmoid()
+    q = neighbours(p, kernel_size, dilation)
+    term = -(p[:, None] * q + (1 - p)[:, None] * (1 - q)).clamp(min=1e-300).log()
+    return (term * weights).sum((2, 3, 4)), weights.sum((2, 3, 4))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    masks=st.integers(1, 4),
+    height=st.integers(1, 12),
+    width=st.integers(1, 12),
+    kernel_size=st.sampled_from([3, 5]),
+    dilation=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+@example(masks=2, height=1, width=1, kernel_size=5, dilation=3, seed=0)
+@example(masks=2, height=2, width=7, kernel_size=3, dilation=2, seed=0)
+@example(masks=3, height=12, width=12, kernel_size=9, dilation=1, seed=0)
+@example(masks=40, height=20, width=30, kernel_size=3, dilation=2, seed=0)
+def test_pair_sums_are_those_of_a_naive_version(masks, height, width, kernel_size, dilation, seed):
+    scene = random_scene(masks, height, width, kernel_size, dilation, seed, torch.float64)
+    scene.logits.requires_grad_()
+    factors = torch.rand(2, masks, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+    sums, counts = scene.pair_sums(kernel_size, dilation)
+    naive_sums, naive_counts = naive_pair_sums(scene, kernel_size, dilation)
+    assert_close(sums, naive_sums)
+    assert torch.equal(counts.long(), naive_counts)
+
+    (gradient,) = torch.autograd.grad((sums * factors).sum(), scene.logits)
+    (naive_gradient,) = torch.autograd.grad((naive_sums * factors).sum(), scene.logits)
+    assert_close(gradient, naive_gradient)
+
+
+def test_pair_sums_do_not_depend_on_how_boxes_are_packed(monkeypatch):
+    """Many small canvases, or few large ones with boxes of any width: the same values."""
+    scene = random_scene(30, 24, 40)
+    expected = scene.pair_sums()
+    for cells, ratio in ((1, 1.01), (2**30, 1e6)):
+        monkeypatch.setattr(canvas, "_CELLS_AT_ONCE_ON_CPU", cells)
+        monkeypatch.setattr(canvas, "_WIDTH_RATIO", ratio)
+        sums, counts = scene.pair_sums()
+        assert_close(sums, expected[0])
+        assert torch.equal(counts, expected[1])
+
+
+def test_the_work_grows_with_the_boxes_and_not_with_the_grid():
+    """A box's sheet holds the box with its border and, at most, what its width class adds."""
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randint(0, 180, (100, 2), generator=generator)
+    extents = torch.cat([first, first + torch.randint(2, 100, (100, 2), generator=generator)], 1)
+    border = 3
+    with_border = (extents[:, 2:] - extents[:, :2] + 2 * border).prod(1).sum()
+    cells = [
+        sum(sheet.inside.numel() for sheet in canvas.box_canvases(extents, grid, border))
+        for grid in ((300, 300), (3000, 5000))
+    ]
+    assert cells[0] == cells[1]
+    assert with_border <= cells[0] <= canvas._WIDTH_RATIO * with_border
+
+
+def test_masks_in_another_order_have_the_same_sums():
+    scene = random_scene(9, 16, 24)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    shuffled = replace(
+        scene,
+        logits=scene.logits[order],
+        extents=scene.extents[order],
+        image_index=scene.image_index[order],
+        pseudo_masks=scene.pseudo_masks[order],
+    )
+    for ours, theirs in zip(shuffled.pair_sums(), scene.pair_sums(), strict=True):
+        assert_close(ours, theirs[:, order])
+
+
+@pytest.mark.parametrize(("kernel_size", "dilation"), [(3, 1), (3, 2), (5, 1)])
+def test_gradients_of_pair_sums_are_those_of_finite_differences(kernel_size, dilation):
+    scene = random_scene(2, 5, 6, kernel_size, dilation, dtype=torch.float64)
+    scene = replace(scene, extents=torch.tensor([[0, 1, 4, 6], [1, 0, 5, 3]]))
+
+    def sums_of(logits: Tensor) -> Tensor:
+        return replace(scene, logits=logits).pair_sums(kernel_size, dilation)[0]
+
+    assert torch.autograd.gradcheck(sums_of, (scene.logits.requires_grad_(),))
+
+
+def test_counts_have_no_gradient_and_none_is_kept_without_need():
+    scene = random_scene(2, 5, 6)
+    sums, counts = scene.pair_sums()
+    assert not sums.requires_grad
+    scene.logits.requires_grad_()
+    sums, counts = scene.pair_sums()
+    assert sums.requires_grad
+    assert not counts.requires_grad
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-30, 30), st.floats(-30, 30))
+def test_pair_term_is_the_logarithm_of_agreement(x, y):
+    def sigmoid(z: float) -> float:
+        return 1 / (1 + math.exp(-z))
+
+    expected = -math.log(sigmoid(x) * sigmoid(y) + sigmoid(-x) * sigmoid(-y))
+    first, second = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
+    value = pair_term(first, second)
+    # torch's softplus is the identity above 20, which leaves out e⁻²⁰ = 2e-9.
+    assert float(value) == pytest.approx(expected, rel=1e-9, abs=5e-9)
+    assert torch.equal(value, pair_term(second, first))
+    assert_close(value, pair_term(-first, -second), rtol=1e-9, atol=5e-9)
+
+
+def test_pair_term_is_never_negative():
+    torch.manual_seed(0)
+    for scale in (1, 10, 30):
+        x, y = scale * torch.randn(2, 200_000)
+        assert (pair_term(x, y) >= 0).all()
+
+
+@pytest.mark.parametrize("dimension", [1, 2])
+def test_pairs_count_alike_in_a_mirror(dimension):
+    """Flipping the image, the boxes, the pseudo masks and the logits together changes no loss."""
+    scene = random_scene(6, 16, 24)
+    sums, counts = scene.pair_sums()
+    mirrored_sums, mirrored_counts = scene.flip(dimension).pair_sums()
+    assert (counts.sum(1) > 100).all()
+    assert torch.equal(mirrored_counts, counts)
+    assert_close(mirrored_sums, sums)
+
+
+def test_a_colour_pair_needs_its_centre_in_the_box_and_its_image_s_colours():
+    similarity = torch.zeros(2, 8, 4, 4)
+    offsets = neighbour_offsets(3, 1)
+    similarity[1, offsets.index((0, 1))] = 0.3  # as much as the threshold asks for, in image 1 only
+    image_index = torch.tensor([0, 1])
+    regions = BoxRegions(
+        extents=torch.tensor([[1, 1, 2, 2]]).expand(2, -1),
+        image_index=image_index,
+        valid=torch.ones(2, 4, 4, dtype=torch.bool),
+    )
+    relation = color_relation(similarity, image_index, 0.3, 3, 1)
+    _, counts = pair_sums(torch.zeros(2, 4, 4), regions, [relation], 3, 1)
+    assert counts.tolist() == [[0, 2]]  # the cell with its right neighbour, and with its left one
