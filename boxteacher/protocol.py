@@ -37,15 +37,27 @@ class Candidates:
         scores: (K,) in [0, 1].
         labels: (K,) int64, 0 … C−1.
         image_index: (K,) int64, position of the candidate's image in the batch.
-        decode_masks: maps candidate indices (M,) int64 to mask logits (M, h, w) on the mask grid. It is
-            called once, and only with candidates that can win a box.
+        decode_masks: draws masks of the candidates that can win a ground-truth box; called once at most.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     image_index: Tensor
-    decode_masks: Callable[[Tensor], Tensor]
+    decode_masks: "MaskDecoder"
+
+    def own_masks(self, indices: Tensor) -> Tensor:
+        """Mask logits (M, h, w) of candidates (M,) int64, each in its own box and for its own label."""
+        return self.decode_masks(indices, self.boxes[indices], self.labels[indices])
+
+
+MaskDecoder = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Mask logits (M, h, w) on the mask grid of candidates (M,) int64, each for a box (M, 4) and a label (M,).
+
+Box and label are those of the ground truth that the candidate overlaps most. A head whose masks are aligned
+with a box draws in that one, and in that class's channel, so that the mask ends where the object does and
+not where the candidate's own box does; a network whose masks need no box leaves them unused.
+"""
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,8 @@ class BoxTeacher(BoxSupervised):
         return self.augmentation(images)
 
     def _prepare(self, images: list[Tensor], grid: GridTargets) -> Any:
-        if self._counter.steps % self.teacher_interval == 0:
+        asked = self._counter.steps % self.teacher_interval == 0
+        if asked and len(grid.boxes) > 0:
             with torch.no_grad(), autocast_to(self.teacher_dtype, images[0].device):
                 view = TeacherView(images, self.teacher_size)
                 candidates = self.teacher.forward_teacher(view.images)  # type: ignore[operator]
@@ -193,7 +194,9 @@ class BoxTeacher(BoxSupervised):
         # Masks are decoded for these alone, so their number must be known, and the device waited for.
         eligible = (iou > 0).any(1).nonzero()[:, 0]  # (E,)
         scores = candidates.scores[eligible].float()  # (E,)
-        probabilities, quality = self._decode(candidates, eligible, view, grid)  # (E, h, w), (E,)
+        probabilities, quality = self._decode(
+            candidates, eligible, iou[eligible].argmax(1), view, grid
+        )  # (E, h, w), (E,)
         ranking = ranking_score(scores, quality)  # (E,)
         chosen = assign_greedily(iou[eligible], ranking, grid.most_boxes)  # (T,)
         confidence = mask_confidence(scores, quality, self.confidence)  # (E,)
@@ -208,11 +211,18 @@ class BoxTeacher(BoxSupervised):
         )
 
     def _decode(
-        self, candidates: Candidates, eligible: Tensor, view: TeacherView, grid: GridTargets
+        self,
+        candidates: Candidates,
+        eligible: Tensor,
+        target_index: Tensor,
+        view: TeacherView,
+        grid: GridTargets,
     ) -> tuple[Tensor, Tensor]:
         """Mask probabilities (E, h, w) on the grid, 0 outside the image, and mask quality (E,)."""
         provider = self._provider
-        logits = candidates.decode_masks(eligible)  # (E, h, w) on the grid of the teacher's view
+        boxes = view.boxes_of_view(grid.boxes, grid.image_index)[target_index]  # (E, 4)
+        # (E, h, w) on the grid of the teacher's view
+        logits = candidates.decode_masks(eligible, boxes, grid.labels[target_index])
         expected = view.grid_size(provider.mask_stride, provider.size_divisor)
         check_mask_logits(self.teacher, "decode_masks", logits, (len(eligible), *expected))
         probabilities = logits.float().sigmoid()

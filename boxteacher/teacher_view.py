@@ -35,10 +35,15 @@ class TeacherView:
 
     def boxes_of_images(self, boxes: Tensor, image_index: Tensor) -> Tensor:
         """Boxes (K, 4) in pixels of the teacher's images (K,) as boxes in pixels of the student's."""
-        if not self._rescaled:
-            return boxes
-        scale = (_sizes(self._originals) / _sizes(self.images)).flip(1).repeat(1, 2)  # (B, 4)
-        return boxes * scale[image_index]
+        return boxes * self._scale()[image_index] if self._rescaled else boxes
+
+    def boxes_of_view(self, boxes: Tensor, image_index: Tensor) -> Tensor:
+        """Boxes (K, 4) in pixels of the student's images (K,) as boxes in pixels of the teacher's."""
+        return boxes / self._scale()[image_index] if self._rescaled else boxes
+
+    def _scale(self) -> Tensor:
+        """Student's pixels per teacher's pixel (B, 4), of x, y, x, y."""
+        return (_sizes(self._originals) / _sizes(self.images)).flip(1).repeat(1, 2)
 
     def masks_of_images(
         self, probabilities: Tensor, image_index: Tensor, mask_stride: int, height: int, width: int

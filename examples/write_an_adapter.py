@@ -36,7 +36,7 @@ class PrototypeSegmenter(nn.Module):
 
     def forward(self, images):
         found = self.forward_teacher(images)
-        masks = found.decode_masks(torch.arange(len(found.scores), device=found.scores.device)).sigmoid()
+        masks = found.own_masks(torch.arange(len(found.scores), device=found.scores.device)).sigmoid()
         masks = upsample_aligned(masks[:, None], self.mask_stride)  # (K, 1, H, W) on the canvas
         columns = {"boxes": found.boxes, "labels": found.labels, "scores": found.scores, "masks": masks}
         each = [{k: v[found.image_index == i] for k, v in columns.items()} for i in range(len(images))]
@@ -73,7 +73,7 @@ class PrototypeSegmenter(nn.Module):
         boxes = features[2][image, cell].clamp(min=0).minimum(sizes[image])  # (K, 4)
         keep = batched_nms(boxes, scores[image, cell], image * self.num_classes + labels[image, cell], 0.5)
         boxes, image, cell = boxes[keep], image[keep], cell[keep]
-        decode_masks = lambda index: self.masks(features, image[index], cell[index])  # noqa: E731
+        decode_masks = lambda index, *_: self.masks(features, image[index], cell[index])  # noqa: E731
         return Candidates(boxes, scores[image, cell], labels[image, cell], image, decode_masks)
 
     def forward_student(self, images, targets):

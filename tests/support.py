@@ -112,7 +112,7 @@ class ScriptedSegmenter(nn.Module):
         self.teacher_calls.append((self.training, torch.is_grad_enabled()))
         plan, maps = self.plan, self.maps(images)
 
-        def decode_masks(index: Tensor) -> Tensor:
+        def decode_masks(index: Tensor, _boxes: Tensor, _labels: Tensor) -> Tensor:
             self.decoded.append(index)
             if plan.logits is None:
                 return maps[plan.image_index[index]]

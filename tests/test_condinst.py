@@ -215,10 +215,10 @@ def test_candidates_are_the_detections_and_their_masks_decode_in_any_order():
     model = talkative()
     with torch.no_grad():
         candidates = model.forward_teacher(IMAGES)
-        everything = candidates.decode_masks(torch.arange(len(candidates.scores)))
+        everything = candidates.own_masks(torch.arange(len(candidates.scores)))
         some = torch.tensor([5, 0, 3])
-        assert_close(candidates.decode_masks(some), everything[some])
-        none = candidates.decode_masks(torch.zeros(0, dtype=torch.int64))
+        assert_close(candidates.own_masks(some), everything[some])
+        none = candidates.own_masks(torch.zeros(0, dtype=torch.int64))
     assert everything.shape[1:] == none.shape[1:] == (16, 24)
     assert len(none) == 0
     detections = model(IMAGES)

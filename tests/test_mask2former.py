@@ -140,8 +140,8 @@ def test_candidates_are_the_queries_with_boxes_round_their_masks():
     with torch.no_grad():
         candidates = model.forward_teacher(IMAGES)
         some = torch.tensor([7, 0, 3])
-        logits = candidates.decode_masks(torch.arange(12))
-        assert_close(candidates.decode_masks(some), logits[some])
+        logits = candidates.own_masks(torch.arange(12))
+        assert_close(candidates.own_masks(some), logits[some])
     assert candidates.image_index.tolist() == [0] * 6 + [1] * 6
     assert logits.shape == (12, 16, 24)
     checked = 0

@@ -38,14 +38,15 @@ class TestPasting:
         boxes = torch.tensor([[6.0, 2.0, 62.0, 30.0]])
         ramp = torch.arange(28).float()
         logits = (2 * ramp[:, None] + ramp)[None]  # (1, 28, 28)
-        pasted = paste_on_grid(logits, boxes, (64, 96), 4)
+        pasted = paste_on_grid(logits, boxes, boxes, (64, 96), 4)
         for row, column in ((1, 2), (4, 7), (6, 13)):
             y, x = 4 * row + 2.5, 4 * column + 2.5
             expected = 2 * ((y - 2) / 28 * 28 - 0.5) + (x - 6) / 56 * 28 - 0.5
             assert_close(pasted[0, row, column], torch.tensor(expected), rtol=1e-5, atol=1e-4)
 
     def test_cells_whose_pixel_lies_outside_are_background(self) -> None:
-        pasted = paste_on_grid(torch.ones(1, 28, 28), torch.tensor([[8.0, 4.0, 24.0, 20.0]]), (32, 40), 4)
+        boxes = torch.tensor([[8.0, 4.0, 24.0, 20.0]])
+        pasted = paste_on_grid(torch.ones(1, 28, 28), boxes, boxes, (32, 40), 4)
         expected = torch.full((8, 10), OUTSIDE)
         expected[1:5, 2:6] = 1.0
         assert_close(pasted[0], expected, rtol=0, atol=1e-5)
@@ -53,7 +54,7 @@ class TestPasting:
     def test_gradients(self) -> None:
         boxes = torch.tensor([[1.0, 2.0, 14.0, 9.0], [3.0, 3.0, 3.0, 3.0]]).double()
         logits = torch.rand(2, 5, 5, dtype=torch.float64, requires_grad=True)
-        (gradient,) = torch.autograd.grad(paste_on_grid(logits, boxes, (16, 16), 4).sum(), logits)
+        (gradient,) = torch.autograd.grad(paste_on_grid(logits, boxes, boxes, (16, 16), 4).sum(), logits)
         assert gradient[0].sum() == pytest.approx(6, abs=1e-5)  # a unit from each of 3 × 2 cells inside
         assert not gradient[1].any()
 
@@ -90,7 +91,7 @@ def test_the_internal_resize_is_mapped_back(size: int) -> None:
     with torch.no_grad():
         found = provider.forward_teacher(IMAGES)
         detections = provider(IMAGES)
-        masks = found.decode_masks(torch.arange(len(found.boxes)))
+        masks = found.own_masks(torch.arange(len(found.boxes)))
     assert masks.shape[1:] == (24, 24)
     assert_close(found.boxes, torch.cat([one["boxes"] for one in detections]), rtol=1e-5, atol=1e-3)
     for i, (one, image) in enumerate(zip(detections, IMAGES, strict=True)):
@@ -106,10 +107,10 @@ def test_masks_may_be_asked_for_in_any_order(small: MaskRCNNProvider) -> None:
     small.eval()
     with torch.no_grad():
         found = small.forward_teacher(IMAGES)
-        all_masks = found.decode_masks(torch.arange(len(found.boxes)))
+        all_masks = found.own_masks(torch.arange(len(found.boxes)))
         index = torch.randperm(len(found.boxes), generator=torch.Generator().manual_seed(0))[:7]
-        assert_close(found.decode_masks(index), all_masks[index], rtol=1e-4, atol=1e-5)
-        assert found.decode_masks(index[:0]).shape == (0, 24, 24)
+        assert_close(found.own_masks(index), all_masks[index], rtol=1e-4, atol=1e-5)
+        assert found.own_masks(index[:0]).shape == (0, 24, 24)
 
 
 def test_gradients_reach_every_trainable_parameter(small: MaskRCNNProvider) -> None:

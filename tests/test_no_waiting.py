@@ -30,7 +30,7 @@ class OnDevice(nn.Module):
 
     def forward_teacher(self, images: list[Tensor]) -> Candidates:
         candidates, logits, _ = self.answers[0]
-        return Candidates(**candidates, decode_masks=lambda index: logits.detach()[index])
+        return Candidates(**candidates, decode_masks=lambda index, *_: logits.detach()[index])
 
     def forward_student(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> StudentOutput:
         _, logits, target_index = self.answers[0]

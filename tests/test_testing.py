@@ -163,13 +163,15 @@ class SortedDecoding(TinySegmenter):
     def forward_teacher(self, images):
         candidates = super().forward_teacher(images)
         decode_masks = candidates.decode_masks
-        return replace(candidates, decode_masks=lambda index: decode_masks(index.sort().values))
+        return replace(
+            candidates, decode_masks=lambda index, *wanted: decode_masks(index.sort().values, *wanted)
+        )
 
 
 class InvertedMasks(TinySegmenter):
     def forward_teacher(self, images):
         found = super().forward_teacher(images)
-        return replace(found, decode_masks=lambda index: -found.decode_masks(index))
+        return replace(found, decode_masks=lambda *wanted: -found.decode_masks(*wanted))
 
 
 class OneImageOnly(TinySegmenter):
@@ -182,7 +184,7 @@ class OneImageOnly(TinySegmenter):
             (features[0] - (found.boxes[:, None, :2] + found.boxes[:, None, 2:]) / 2).abs().sum(2).argmin(1)
         )
         first = torch.zeros_like(found.image_index)
-        return replace(found, decode_masks=lambda index: self.masks(features, first[index], cells[index]))
+        return replace(found, decode_masks=lambda index, *_: self.masks(features, first[index], cells[index]))
 
 
 class UpdatesItself(TinySegmenter):

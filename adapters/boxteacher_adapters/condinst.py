@@ -101,7 +101,7 @@ class CondInst(nn.Module):
         """Detections as candidates; a mask costs its dynamic filters alone."""
         features, found = self._detect(images)
 
-        def decode_masks(candidates: Tensor) -> Tensor:
+        def decode_masks(candidates: Tensor, _boxes: Tensor, _labels: Tensor) -> Tensor:
             return self._masks(features, found.image_index[candidates], found.location[candidates])[:, 0]
 
         return Candidates(found.boxes, found.scores, found.labels, found.image_index, decode_masks)

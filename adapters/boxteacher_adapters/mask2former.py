@@ -96,9 +96,11 @@ class Mask2Former(nn.Module):
         boxes = _boxes_of_masks(logits, sizes, self.mask_stride)  # (B, Q, 4)
         image_index = torch.arange(len(images), device=boxes.device).repeat_interleave(self.num_queries)
         masks = logits.flatten(0, 1)  # (B · Q, h, w)
-        return Candidates(
-            boxes.flatten(0, 1), scores.flatten(), labels.flatten(), image_index, masks.__getitem__
-        )
+
+        def decode_masks(candidates: Tensor, _boxes: Tensor, _labels: Tensor) -> Tensor:
+            return masks[candidates]
+
+        return Candidates(boxes.flatten(0, 1), scores.flatten(), labels.flatten(), image_index, decode_masks)
 
     def forward_student(self, images: list[Tensor], targets: list[Target]) -> StudentOutput:
         """The classification loss, and for each round one mask per target, drawn by the query matched to it.

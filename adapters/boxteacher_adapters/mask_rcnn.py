@@ -15,11 +15,17 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import FeaturePyramidNetwork, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import (
+    FeaturePyramidNetwork,
+    clip_boxes_to_image,
+    generalized_box_iou_loss,
+    remove_small_boxes,
+)
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from boxteacher.errors import InputError
 from boxteacher.geometry import canvas_size
+from boxteacher.precision import full_precision
 from boxteacher.protocol import Candidates, Detections, MaskPredictions, StudentOutput, Target
 from boxteacher.validation import check_labels
 from boxteacher_adapters.parts.backbones import Backbone, Weights, build_backbone
@@ -71,22 +77,24 @@ class MaskRCNNProvider(nn.Module):
         return [{**found, "labels": found["labels"] - 1} for found in self.model(images)]
 
     def forward_teacher(self, images: list[Tensor]) -> Candidates:
-        """Detections as candidates; the mask head sees those alone that are asked for."""
+        """Detections as candidates; the mask head looks into the ground-truth boxes that they can win.
+
+        The model's own `box_score_thresh` and `box_detections_per_img` say which detections there are.
+        """
         inputs = self._inputs(images)
         heads, sizes = self.model.roi_heads, inputs.images.image_sizes
-        proposals, _ = self.model.rpn(inputs.images, inputs.features)
+        proposals, _ = self._proposals(inputs)
         class_logits, regression = self._boxes(inputs, proposals)
         boxes, scores, labels = heads.postprocess_detections(class_logits, regression, proposals, sizes)
         image = _image_index(boxes)  # (K,)
-        resized, label = torch.cat(boxes), torch.cat(labels)  # (K, 4), (K,)
-        original = resized * inputs.scales[image]  # (K, 4)
+        original = torch.cat(boxes) * inputs.scales[image]  # (K, 4)
 
-        def decode_masks(candidates: Tensor) -> Tensor:
+        def decode_masks(candidates: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
             mine = image[candidates]
-            logits = self._mask_logits(inputs, resized[candidates], mine, label[candidates])
-            return self._pasted(logits, original[candidates], images)
+            logits = self._mask_logits(inputs, boxes / inputs.scales[mine], mine, labels + 1)
+            return self._pasted(logits, boxes, boxes, images)
 
-        return Candidates(original, torch.cat(scores), label - 1, image, decode_masks)
+        return Candidates(original, torch.cat(scores), torch.cat(labels) - 1, image, decode_masks)
 
     def forward_student(self, images: list[Tensor], targets: list[Target]) -> StudentOutput:
         """torchvision's four losses, and the masks of positive proposals, `max_samples` per image at most.
@@ -98,7 +106,7 @@ class MaskRCNNProvider(nn.Module):
         inputs = self._inputs(images)
         heads, sizes = self.model.roi_heads, inputs.images.image_sizes
         truth, kept = _resized_targets(targets, inputs.scales, sizes)
-        proposals, losses = self.model.rpn(inputs.images, inputs.features, truth)
+        proposals, losses = self._proposals(inputs, truth)
         proposals, matched, labels, offsets = heads.select_training_samples(proposals, truth)
         class_logits, regression = self._boxes(inputs, proposals)
         loss_class, loss_box = fastrcnn_loss(class_logits, regression, labels, offsets)
@@ -107,15 +115,18 @@ class MaskRCNNProvider(nn.Module):
         label, boxes = torch.cat(labels), torch.cat(proposals)  # (P,), (P, 4)
         # torchvision matches the proposals of an image without boxes, all background, with an index 0.
         target = torch.cat([F.pad(own, (0, 1))[m] for own, m in zip(kept, matched, strict=True)])  # (P,)
-        score = class_logits.detach().float().softmax(1).gather(1, label[:, None])[:, 0]  # (P,)
-        positive = (label > 0).nonzero()[:, 0]  # (P',)
-        drawn = share_evenly(
-            image[positive], target[positive], score[positive], len(images), self.max_samples
-        )
-        sample = positive[drawn]  # (M,)
+        sample = (label > 0).nonzero()[:, 0]  # (P',) the positive ones
+        original = boxes[sample] * inputs.scales[image[sample]]  # (P', 4)
+        wanted = torch.cat([each["boxes"] for each in targets])[target[sample]]  # (P', 4)
+        nearness = -generalized_box_iou_loss(original, wanted)  # (P',)
+        drawn = share_evenly(image[sample], target[sample], nearness, len(images), self.max_samples)
+        sample, original, wanted = sample[drawn], original[drawn], wanted[drawn]  # (M,), (M, 4), (M, 4)
         logits = self._mask_logits(inputs, boxes[sample], image[sample], label[sample])
-        original = boxes[sample] * inputs.scales[image[sample]]  # (M, 4)
-        masks = MaskPredictions(self._pasted(logits, original, images), target[sample])
+        # A mask that ended with its proposal could not fill a box beyond it, and would learn to shrink.
+        reach = torch.cat(
+            [original[:, :2].minimum(wanted[:, :2]), original[:, 2:].maximum(wanted[:, 2:])], 1
+        )  # (M, 4)
+        masks = MaskPredictions(self._pasted(logits, original, reach, images), target[sample])
         return StudentOutput({**losses, "loss_classifier": loss_class, "loss_box_reg": loss_box}, [masks])
 
     def _inputs(self, images: Sequence[Tensor]) -> _Inputs:
@@ -129,11 +140,21 @@ class MaskRCNNProvider(nn.Module):
         ]
         return _Inputs(resized, features, torch.tensor(scales, device=images[0].device))
 
+    def _proposals(
+        self, inputs: _Inputs, truth: list[dict[str, Tensor]] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Resized boxes (P_i, 4) of each image, and the region proposal network's losses in training."""
+        # Half precision would round them, and the ground truth with them, to whole pixels and more.
+        with full_precision(inputs.scales.device):
+            features = {name: level.float() for name, level in inputs.features.items()}
+            return self.model.rpn(inputs.images, features, truth)
+
     def _boxes(self, inputs: _Inputs, proposals: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Class logits (P, C + 1) and box offsets (P, 4 · (C + 1)) of proposals."""
         heads = self.model.roi_heads
         pooled = heads.box_roi_pool(inputs.features, proposals, inputs.images.image_sizes)
-        return heads.box_predictor(heads.box_head(pooled))
+        class_logits, regression = heads.box_predictor(heads.box_head(pooled))
+        return class_logits.float(), regression.float()  # torchvision makes boxes in the type of these
 
     def _mask_logits(self, inputs: _Inputs, boxes: Tensor, image: Tensor, label: Tensor) -> Tensor:
         """Mask logits (M, r, r) of resized boxes (M, 4) for torchvision's labels (M,)."""
@@ -147,9 +168,9 @@ class MaskRCNNProvider(nn.Module):
         logits = logits[torch.arange(len(order), device=order.device), label[order]]
         return logits[order.argsort()]
 
-    def _pasted(self, logits: Tensor, boxes: Tensor, images: Sequence[Tensor]) -> Tensor:
-        """Logits (M, r, r) of boxes (M, 4) in pixels, on the mask grid (M, H / 4, W / 4)."""
-        return paste_on_grid(logits, boxes, canvas_size(images, self.size_divisor), self.mask_stride)
+    def _pasted(self, logits: Tensor, boxes: Tensor, reach: Tensor, images: Sequence[Tensor]) -> Tensor:
+        """Logits (M, r, r) of boxes (M, 4), on the mask grid (M, H / 4, W / 4) as far as `reach` (M, 4)."""
+        return paste_on_grid(logits, boxes, reach, canvas_size(images, self.size_divisor), self.mask_stride)
 
 
 def _image_index(boxes: Sequence[Tensor]) -> Tensor:
@@ -218,8 +239,8 @@ def build_mask_rcnn(
 
     The small one has 128 channels in the pyramid instead of 256, 256 in the box head instead of 1024, 64 in
     the mask head instead of 256, anchors of half the size, keeps 500 proposals per image in training and 300
-    in evaluation instead of 2000 and 1000, and samples 128 of them instead of 512, at most 16 of those for
-    masks. Images keep the size that they come with.
+    in evaluation instead of 2000 and 1000, and samples 64 of them instead of 512, a quarter of those at most
+    for masks. Images keep the size that they come with.
 
     Args:
         num_classes: C, without background.
@@ -233,7 +254,7 @@ def build_mask_rcnn(
     """
     body = build_backbone(backbone, weights, strides=(4, 8, 16, 32))
     small = image_size <= 512
-    channels, hidden, mask_channels, sampled = (128, 256, 64, 128) if small else (256, 1024, 256, 512)
+    channels, hidden, mask_channels, sampled = (128, 256, 64, 64) if small else (256, 1024, 256, 512)
     training_proposals, proposals = (500, 300) if small else (2000, 1000)
     first = 16 if small else 32
     anchors = AnchorGenerator(tuple((first * 2**level,) for level in range(5)), ((0.5, 1.0, 2.0),) * 5)

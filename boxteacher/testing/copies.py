@@ -56,7 +56,7 @@ def _answers(model: nn.Module, subject: Subject) -> dict[str, Tensor]:
         return {
             "scores": candidates.scores,
             "boxes": candidates.boxes,
-            "masks": candidates.decode_masks(every),
+            "masks": candidates.own_masks(every),
         }
 
 

@@ -159,7 +159,7 @@ def _teacher_overlap(
     same_image = candidates.image_index[:, None] == grid.image_index  # (K, T)
     overlap = torch.where(same_image, box_iou(candidates.boxes.float(), grid.boxes), 0.0)  # (K, T)
     best, nearest = overlap.max(0)  # (T,) each
-    masks = candidates.decode_masks(nearest) > 0  # (T, h, w)
+    masks = candidates.decode_masks(nearest, grid.boxes, grid.labels) > 0  # (T, h, w)
     return candidates.boxes[nearest], best, _overlap(masks, grid.box_masks)
 
 

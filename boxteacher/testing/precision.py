@@ -94,7 +94,7 @@ def _candidates(subject: Subject, images: list[Tensor]) -> tuple[Tensor, Tensor]
         candidates = subject.twin(training=False).provider.forward_teacher(images)
         mine = (candidates.image_index == 0).nonzero()[:, 0]
         best = mine[candidates.scores[mine].argmax()][None]
-        return candidates.scores[best], candidates.decode_masks(best)[0].float().sigmoid()
+        return candidates.scores[best], candidates.own_masks(best)[0].float().sigmoid()
 
 
 def _check_close(score: Tensor, mask: Tensor, half_score: Tensor, half_mask: Tensor) -> None:

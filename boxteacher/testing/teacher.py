@@ -113,7 +113,7 @@ def _check_decoding(subject: Subject, candidates: Candidates, images: list[Tenso
     grid = (height // stride, width // stride)
     every = torch.arange(count, device=subject.device)
     for indices in (every, every.flip(0), every[count // 2 :: 2], every[:0]):
-        masks = candidates.decode_masks(indices)
+        masks = candidates.own_masks(indices)
         name = f"decode_masks of {len(indices)} of {count} candidates"
         require_tensor(name, masks, (len(indices), *grid), "float", subject.device)
         require(
@@ -146,7 +146,7 @@ def _check_images_apart(subject: Subject, candidates: Candidates, images: list[T
 
 def _of_image(candidates: Candidates, image: int) -> tuple[Tensor, Tensor, Tensor]:
     mine = (candidates.image_index == image).nonzero()[:, 0]
-    return candidates.boxes[mine], candidates.scores[mine], candidates.decode_masks(mine)
+    return candidates.boxes[mine], candidates.scores[mine], candidates.own_masks(mine)
 
 
 def _snapshot(model: nn.Module) -> dict[str, object]:
