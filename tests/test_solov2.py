@@ -333,7 +333,7 @@ def test_a_copy_is_independent_and_a_state_makes_the_same_network():
 def test_small_images_get_the_small_network():
     small, large = (build_solov2(3, backbone="resnet18", weights="none", image_size=s) for s in (256, 513))
     assert small.fpn.inner_blocks[0][0].out_channels == 128
-    assert small.size_ranges[:2] == ((0.5, 48), (24, 96))
+    assert small.size_ranges[0] == (1 * 256 / 1333, 96 * 256 / 1333)
     assert (large.fpn.inner_blocks[0][0].out_channels, large.size_ranges) == (256, SIZE_RANGES)
     for model in (small, large):
         assert torch.allclose(model.head.category.bias.sigmoid(), torch.full((3,), 0.01))

@@ -273,8 +273,8 @@ def build_solov2(
     """SOLOv2 as the paper has it, or, for images of at most 512 pixels, smaller and with coarser grids.
 
     The small one has a pyramid and towers of 128 channels instead of 256 and 512, two convolutions per tower
-    instead of four, a mask branch of 64 channels instead of 128 and as many kernels instead of 256, grids of
-    half as many cells per side, and levels that are there for objects of half the size.
+    instead of four, a mask branch of 64 channels instead of 128 and as many kernels instead of 256, and
+    grids of half as many cells per side; its levels are there for boxes of the same share of the image.
 
     Args:
         num_classes: C.
@@ -289,6 +289,7 @@ def build_solov2(
     body = build_backbone(backbone, weights, strides=(4, 8, 16, 32))
     if image_size > 512:
         return SOLOv2(body, num_classes, max_samples=mask_samples)
+    share = image_size / 1333
     return SOLOv2(
         body,
         num_classes,
@@ -298,6 +299,6 @@ def build_solov2(
         mask_channels=64,
         num_kernels=64,
         grids=(20, 18, 12, 8, 6),
-        size_ranges=tuple((least / 2, most / 2) for least, most in SIZE_RANGES),
+        size_ranges=tuple((least * share, most * share) for least, most in SIZE_RANGES),
         max_samples=mask_samples,
     )
