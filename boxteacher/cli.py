@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from boxteacher import __version__
 from boxteacher.errors import InputError
@@ -111,8 +111,14 @@ def _demo(arguments: argparse.Namespace) -> None:
     print(json.dumps(evaluation.metrics))
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for all other bad input, without the usage before it."""
+        self.exit(_EXIT_BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="boxteacher", description="Instance segmentation from boxes alone: train, evaluate, predict."
     )
     parser.add_argument("--version", action="version", version=__version__)
@@ -209,7 +215,7 @@ def _add_optimization(add: Callable[..., Any]) -> None:
         metavar="STEP",
         help="the learning rate falls to a tenth after each; without any, in a cosine (default)",
     )
-    add("--weight-decay", type=float, help="of all but norms and biases (default 0.05)")
+    add("--weight-decay", type=float, help="of linear and convolutional layers' weights (default 0.05)")
     add("--gradient-clip", type=float, help="greatest norm of the gradient, 0 for any (default 10)")
 
 

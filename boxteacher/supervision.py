@@ -1,6 +1,7 @@
 """What every kind of supervision shares, and the two plain kinds: from boxes and colours, from masks."""
 
 import copy
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,10 +25,13 @@ from boxteacher.targets import GridTargets, color_similarity, grid_targets
 from boxteacher.validation import (
     check_batch,
     check_choice,
+    check_images,
     check_mask_logits,
     check_provider_methods,
     check_range,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class Supervision(nn.Module):
@@ -65,6 +69,7 @@ class Supervision(nn.Module):
         """
         self._settle()
         if not self.training:
+            check_images(images)
             return self.segmenter(images)
         targets = check_batch(images, targets)
         provider = self._provider
@@ -231,8 +236,25 @@ class BoxSupervised(Supervision):
 class MaskSupervised(Supervision):
     """Masks from drawn masks: the fully supervised comparison, with the Dice loss on the mask grid.
 
-    Targets without a mask teach boxes and classes only.
+    Targets without a mask teach boxes and classes only; the first batch that has boxes and no mask at all is
+    logged as a warning.
     """
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__(student)
+        self._warned = False
+
+    def forward(
+        self, images: list[Tensor], targets: list[Target] | None = None
+    ) -> dict[str, Tensor] | list[Detections]:
+        without = targets is not None and not any("masks" in target for target in targets)
+        if self.training and without and not self._warned:
+            self._warned = True
+            logger.warning(
+                "no target of this batch has 'masks', so no mask is learnt from it: give drawn masks, or use "
+                "BoxSupervised or BoxTeacher"
+            )
+        return super().forward(images, targets)
 
     def _prepare(self, images: list[Tensor], grid: GridTargets) -> None:
         return None

@@ -12,6 +12,7 @@ from boxteacher.protocol import Target
 _METHODS = ("forward_teacher", "forward_student")
 _ATTRIBUTES = ("mask_stride", "size_divisor")
 _GUIDE = "docs/write_an_adapter.md"
+_RANGE_SLACK = 0.01  # interpolation may leave [0, 1] by a little
 
 
 def check_provider_methods(model: nn.Module) -> None:
@@ -63,6 +64,29 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
         raise InputError(f"{name} is {value!r}: take one of {', '.join(map(repr, choices))}")
 
 
+def check_images(images: Sequence[Tensor]) -> None:
+    """Raises InputError unless `images` is a list of RGB images in [0, 1], naming the one that is not.
+
+    Values are looked at only on the CPU, so nothing waits for another device.
+    """
+    if isinstance(images, Tensor):
+        raise InputError(f"images is one tensor {tuple(images.shape)}: give a list of (3, H, W)")
+    if not images:
+        raise InputError("images is an empty list: give at least one image (3, H, W)")
+    for i, image in enumerate(images):
+        _check_shape(f"image {i}", image, (3, None, None), "an RGB image in [0, 1]")
+        if not image.is_floating_point():
+            raise InputError(f"image {i} is {image.dtype}: give floating-point RGB in [0, 1]")
+        if not image.numel():
+            raise InputError(f"image {i} has shape {tuple(image.shape)}: give at least one pixel")
+        if image.device.type == "cpu":
+            least, most = (float(value) for value in image.aminmax())
+            if not (least >= -_RANGE_SLACK and most <= 1 + _RANGE_SLACK):
+                raise InputError(
+                    f"image {i} has values from {least:g} to {most:g}: give RGB in [0, 1], not normalised"
+                )
+
+
 def check_batch(images: Sequence[Tensor], targets: Sequence[Target] | None) -> list[Target]:
     """The targets, if they fit the images.
 
@@ -71,16 +95,12 @@ def check_batch(images: Sequence[Tensor], targets: Sequence[Target] | None) -> l
     Raises:
         InputError: naming the image's position in the batch, what is wrong with it and the remedy.
     """
-    if isinstance(images, Tensor):
-        raise InputError(f"images is one tensor {tuple(images.shape)}: give a list of (3, H, W)")
+    check_images(images)
     if targets is None:
         raise InputError("training needs targets: call model(images, targets), or model.eval() to detect")
-    if len(images) != len(targets) or not images:
+    if len(images) != len(targets):
         raise InputError(f"{len(images)} images came with {len(targets)} targets: give one target per image")
     for i, (image, target) in enumerate(zip(images, targets, strict=True)):
-        _check_shape(f"image {i}", image, (3, None, None), "an RGB image in [0, 1]")
-        if not image.is_floating_point():
-            raise InputError(f"image {i} is {image.dtype}: give floating-point RGB in [0, 1]")
         for key in ("boxes", "labels"):
             if key not in target:
                 raise InputError(f"target {i} has no {key!r}: give 'boxes' (N, 4) and 'labels' (N,)")

@@ -20,7 +20,15 @@ from tests.engine_support import (
 
 
 @pytest.mark.parametrize(
-    "values", [["--lr", "-1"], ["--lr", "nan"], ["--momentum", "2"], ["--momentum", "-0.1"]]
+    "values",
+    [
+        ["--lr", "-1"],
+        ["--lr", "nan"],
+        ["--momentum", "2"],
+        ["--momentum", "-0.1"],
+        ["--steps", "0"],
+        ["--supervision", "boxes"],
+    ],
 )
 def test_numbers_that_make_no_sense_are_refused_in_one_line(shapes, tmp_path, capsys, values):
     try:
@@ -30,6 +38,7 @@ def test_numbers_that_make_no_sense_are_refused_in_one_line(shapes, tmp_path, ca
     error = capsys.readouterr().err
     assert code == 2
     assert values[0].strip("-") in error
+    assert len(error.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 

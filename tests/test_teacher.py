@@ -1,6 +1,7 @@
 """One training step of each supervision, with a segmenter whose candidates are scripted."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -431,7 +432,10 @@ IMAGE = torch.rand(3, 32, 48)
     [
         ([IMAGE], None, "training needs targets"),
         ([IMAGE], [], "1 images .* 0 targets"),
-        ([], [], "0 images .* 0 targets"),
+        ([], [], "empty list: give at least one image"),
+        ([IMAGE[:, :0]], [target()], r"image 0 .*\(3, 0, 48\).*at least one pixel"),
+        ([IMAGE * 255], [target()], r"image 0 has values from .*RGB in \[0, 1\]"),
+        ([IMAGE * math.nan], [target()], "image 0 has values from nan to nan"),
         ([IMAGE[:1]], [target()], r"image 0 .*\(1, 32, 48\).*RGB"),
         ([IMAGE, IMAGE[0]], [target(), target()], r"image 1 .*\(32, 48\)"),
         ([IMAGE], [{"labels": torch.zeros(1)}], "target 0 .*'boxes'"),

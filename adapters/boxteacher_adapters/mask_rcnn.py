@@ -17,6 +17,7 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import (
     FeaturePyramidNetwork,
+    MultiScaleRoIAlign,
     clip_boxes_to_image,
     generalized_box_iou_loss,
     remove_small_boxes,
@@ -32,6 +33,9 @@ from boxteacher_adapters.parts.backbones import Backbone, Weights, build_backbon
 from boxteacher_adapters.parts.grouping import share_evenly
 from boxteacher_adapters.parts.pasting import paste_on_grid
 from boxteacher_adapters.parts.preprocessing import Preprocessing
+
+_FIRST_LOGIT = 2.0
+_LEVELS = ["0", "1", "2", "3"]  # torchvision's names of the maps that regions are read from
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,9 @@ class MaskRCNNProvider(nn.Module):
         model: torchvision's, with any backbone and weights.
         max_samples: positive proposals per image whose masks are drawn in training; every target that has
             a positive proposal keeps at least one.
+
+    Raises:
+        InputError: the model's box predictor does not tell the number of classes.
     """
 
     mask_stride = 4
@@ -59,6 +66,12 @@ class MaskRCNNProvider(nn.Module):
 
     def __init__(self, model: MaskRCNN, *, max_samples: int = 64) -> None:
         super().__init__()
+        if not hasattr(model.roi_heads.box_predictor, "cls_score"):
+            raise InputError(
+                f"the box predictor of this {type(model).__name__} is a "
+                f"{type(model.roi_heads.box_predictor).__name__} without `cls_score`, whose outputs tell the "
+                "number of classes: name its classifier so, as torchvision's FastRCNNPredictor does"
+            )
         self.model = model
         self.max_samples = max_samples
 
@@ -209,7 +222,7 @@ class _Pyramid(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Normalised images (B, 3, H, W) to maps (B, channels, h_i, w_i)."""
-        return self.fpn(OrderedDict(zip("0123", self.body(images), strict=True)))
+        return self.fpn(OrderedDict(zip(_LEVELS, self.body(images), strict=True)))
 
 
 class _Unresized(GeneralizedRCNNTransform):  # type: ignore[misc]
@@ -227,6 +240,19 @@ class _Unresized(GeneralizedRCNNTransform):  # type: ignore[misc]
         return image, target
 
 
+def _begin_filled(mask_logits: nn.Module) -> None:
+    """Lets every class's masks begin as their filled boxes.
+
+    An outline casts the same shadow as an object, and cells on an edge have no neighbour of like colour.
+    torchvision's wide first weights make the strongest edges the first masks; a class that ends as outlines
+    in this way stays so under boxes alone.
+    """
+    assert isinstance(mask_logits, nn.Conv2d)
+    assert mask_logits.bias is not None
+    nn.init.normal_(mask_logits.weight, std=0.01)
+    nn.init.constant_(mask_logits.bias, _FIRST_LOGIT)
+
+
 def build_mask_rcnn(
     num_classes: int,
     *,
@@ -239,8 +265,9 @@ def build_mask_rcnn(
 
     The small one has 128 channels in the pyramid instead of 256, 256 in the box head instead of 1024, 64 in
     the mask head instead of 256, anchors of half the size, keeps 500 proposals per image in training and 300
-    in evaluation instead of 2000 and 1000, and samples 64 of them instead of 512, a quarter of those at most
-    for masks. Images keep the size that they come with.
+    in evaluation instead of 2000 and 1000, samples 64 of them instead of 512, a quarter of those at most for
+    masks, and reads the features at one point per cell of a region instead of four. Images keep the size
+    that they come with. Masks begin as filled boxes, which learning from boxes alone needs.
 
     Args:
         num_classes: C, without background.
@@ -255,7 +282,7 @@ def build_mask_rcnn(
     body = build_backbone(backbone, weights, strides=(4, 8, 16, 32))
     small = image_size <= 512
     channels, hidden, mask_channels, sampled = (128, 256, 64, 64) if small else (256, 1024, 256, 512)
-    training_proposals, proposals = (500, 300) if small else (2000, 1000)
+    training_proposals, proposals, ratio = (500, 300, 1) if small else (2000, 1000, 2)
     first = 16 if small else 32
     anchors = AnchorGenerator(tuple((first * 2**level,) for level in range(5)), ((0.5, 1.0, 2.0),) * 5)
     model = MaskRCNN(
@@ -263,13 +290,16 @@ def build_mask_rcnn(
         rpn_anchor_generator=anchors,
         rpn_post_nms_top_n_train=training_proposals,
         rpn_post_nms_top_n_test=proposals,
+        box_roi_pool=MultiScaleRoIAlign(_LEVELS, 7, ratio),
         box_head=TwoMLPHead(channels * 7**2, hidden),
         box_predictor=FastRCNNPredictor(hidden, num_classes + 1),
         box_batch_size_per_image=sampled,
+        mask_roi_pool=MultiScaleRoIAlign(_LEVELS, 14, ratio),
         mask_head=MaskRCNNHeads(channels, (mask_channels,) * 4, 1),
         mask_predictor=MaskRCNNPredictor(mask_channels, mask_channels, num_classes + 1),
     )
     model.transform = _Unresized(body.preprocessing)
+    _begin_filled(model.roi_heads.mask_predictor.mask_fcn_logits)
     if mask_samples is None:
         mask_samples = 16 if small else 64
     return MaskRCNNProvider(model, max_samples=mask_samples)

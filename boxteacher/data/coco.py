@@ -149,6 +149,12 @@ class CocoInstances(Dataset[tuple[Tensor, Target]]):
         """Return the number of images, those without boxes included."""
         return len(self.image_ids)
 
+    def most_boxes(self) -> tuple[int, Path]:
+        """The number of boxes of the image that has most, and that image's file."""
+        counts = np.diff(self._starts)
+        fullest = int(counts.argmax())
+        return int(counts[fullest]), self.images / self.file_names[fullest]
+
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         """Read one image and its target."""
         index = range(len(self))[index]

@@ -157,5 +157,7 @@ def _has_end(path: Path, kind: str | None) -> bool:
 
 
 def _unreadable(path: Path, error: BaseException) -> InputError:
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"{path}: there is no such file; check the path")
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return InputError(f"{path}: cannot be read as an image ({reason}); replace the file or remove its record")

@@ -16,21 +16,33 @@ _SGD_MOMENTUM = 0.9
 
 
 def build_optimizer(student: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW or SGD for the parameters that are trained; norms and biases do not decay.
+    """AdamW or SGD for the parameters that are trained.
+
+    Only the weights of linear and convolutional layers decay: not biases and norms, and not what is learnt as
+    a place or a table, such as queries, anchors and embeddings, which decay would pull to one point.
 
     Raises:
         InputError: the backbone has a learning rate of its own, and `student` has no `backbone`.
     """
     named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
-    body = [p for name, p in named if name.startswith("backbone.")]
-    head = [p for name, p in named if not name.startswith("backbone.")]
+    body = [(name, p) for name, p in named if name.startswith("backbone.")]
+    head = [(name, p) for name, p in named if not name.startswith("backbone.")]
+    tables = {id(m.weight) for m in student.modules() if isinstance(m, nn.Embedding)}
     if settings.backbone_lr_factor != 1 and not body:
         raise InputError(
             f"backbone_lr_factor is {settings.backbone_lr_factor}, and no parameter of {settings.model} that "
             "is trained is called backbone.…: leave --backbone-lr-factor out"
         )
     groups = [
-        {"params": [p for p in parameters if (p.ndim > 1) == decays], "lr": lr, "weight_decay": decay}
+        {
+            "params": [
+                p
+                for name, p in parameters
+                if (p.ndim > 1 and name.endswith("weight") and id(p) not in tables) == decays
+            ],
+            "lr": lr,
+            "weight_decay": decay,
+        }
         for parameters, lr in ((head, settings.lr), (body, settings.lr * settings.backbone_lr_factor))
         for decays, decay in ((True, settings.weight_decay), (False, 0.0))
     ]

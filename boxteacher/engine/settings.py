@@ -34,7 +34,7 @@ class TrainSettings:
         optimizer: "adamw", or "sgd" with momentum 0.9.
         lr: highest learning rate.
         backbone_lr_factor: the backbone's learning rate is `lr` times this.
-        weight_decay: of all parameters but norms and biases.
+        weight_decay: of the weights of linear and convolutional layers.
         gradient_clip: greatest norm of all gradients together; 0 leaves them as they are.
         lr_warmup_steps: over which the learning rate rises linearly; by default 500, but at most a
             twentieth of the run.

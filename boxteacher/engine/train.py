@@ -61,6 +61,7 @@ def train(settings: TrainSettings) -> Path:
     data = training_data(settings)
     model = _supervised_segmenter(settings, data).to(device).train()
     _check_batch_norms(model.student, settings)
+    _check_queries(model.student, settings, data)
     optimizer = build_optimizer(model.student, settings)
     schedule = build_schedule(optimizer, settings)
     info = SegmenterInfo(
@@ -142,6 +143,17 @@ def _check_batch_norms(student: nn.Module, settings: TrainSettings) -> None:
         raise InputError(
             f"batch_size is 1, images may be as small as {pixels} pixels, and {settings.model}'s batch norms "
             f"need more than one image of {divisor}: give --batch-size 2 or larger images"
+        )
+
+
+def _check_queries(student: nn.Module, settings: TrainSettings, data: CocoInstances) -> None:
+    """Finds before the training what set prediction would refuse when it meets the image."""
+    queries: Any = getattr(student, "num_queries", math.inf)
+    boxes, image = data.most_boxes()
+    if boxes > queries:
+        raise InputError(
+            f"{image} has {boxes} boxes, but {settings.model} finds {queries} objects at most, one a query: "
+            "take such images out of the training split, or another --model"
         )
 
 

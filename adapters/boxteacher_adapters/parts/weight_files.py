@@ -32,7 +32,7 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
             holds something else than one tensor per name.
     """
     if not path.is_file():
-        raise InputError(f"weights {path} do not exist: check the path")
+        raise InputError(f"weights {path} do not exist: check the path, or give 'imagenet' or 'none'")
     try:
         content = _read_pickle(path) if path.suffix == ".pkl" else read_torch_file(path)
     except Exception as error:  # a broken or hostile byte raises whatever it leads to
