@@ -247,14 +247,14 @@ class MaskSupervised(Supervision):
     def forward(
         self, images: list[Tensor], targets: list[Target] | None = None
     ) -> dict[str, Tensor] | list[Detections]:
-        without = targets is not None and not any("masks" in target for target in targets)
-        if self.training and without and not self._warned:
+        answer = super().forward(images, targets)
+        if self.training and targets and not self._warned and _lacks_masks(targets):
             self._warned = True
             logger.warning(
                 "no target of this batch has 'masks', so no mask is learnt from it: give drawn masks, or use "
                 "BoxSupervised or BoxTeacher"
             )
-        return super().forward(images, targets)
+        return answer
 
     def _prepare(self, images: list[Tensor], grid: GridTargets) -> None:
         return None
@@ -265,6 +265,11 @@ class MaskSupervised(Supervision):
         drawn = grid.masks[predictions.target_index]  # (M, h, w)
         weight = grid.has_mask[predictions.target_index].float()  # (M,)
         return {"loss_mask": noise_aware_pixel_loss(predictions.logits, drawn, weight)}
+
+
+def _lacks_masks(targets: Sequence[Target]) -> bool:
+    """Whether there are boxes, and none of them came with a mask."""
+    return any(len(target["boxes"]) for target in targets) and not any("masks" in t for t in targets)
 
 
 def _mean(rounds: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

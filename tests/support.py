@@ -72,8 +72,8 @@ def script(
 class ScriptedSegmenter(nn.Module):
     """A small network that follows `PseudoMaskProvider`; each grid cell depends on its own pixels alone.
 
-    What it was called with is kept in `teacher_calls` (training mode, gradients enabled), `decoded` and
-    `student_images`.
+    What it was called with is kept in `teacher_calls` (training mode, gradients enabled), `decoded`,
+    `drawn_for` (boxes, labels) and `student_images`.
     """
 
     mask_stride = 4
@@ -89,6 +89,7 @@ class ScriptedSegmenter(nn.Module):
         self.rounds = rounds
         self.teacher_calls: list[tuple[bool, bool]] = []
         self.decoded: list[Tensor] = []
+        self.drawn_for: list[tuple[Tensor, Tensor]] = []
         self.student_images: list[list[Tensor]] = []
 
     def maps(self, images: Sequence[Tensor]) -> Tensor:
@@ -112,8 +113,9 @@ class ScriptedSegmenter(nn.Module):
         self.teacher_calls.append((self.training, torch.is_grad_enabled()))
         plan, maps = self.plan, self.maps(images)
 
-        def decode_masks(index: Tensor, _boxes: Tensor, _labels: Tensor) -> Tensor:
+        def decode_masks(index: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
             self.decoded.append(index)
+            self.drawn_for.append((boxes, labels))
             if plan.logits is None:
                 return maps[plan.image_index[index]]
             return plan.logits[index].expand(-1, *maps.shape[1:])

@@ -125,6 +125,20 @@ def test_numbers_out_of_range_are_refused_by_the_parser(shapes, tmp_path, capsys
     assert option in capsys.readouterr().err
 
 
+def test_an_image_with_more_boxes_than_queries_is_named_before_the_training(shapes, tmp_path, capsys):
+    def crowded(content: dict[str, Any]) -> None:
+        record = annotation(content)
+        content["annotations"] += [{**record, "id": 10**6 + i} for i in range(100)]
+
+    data = edited(shapes, tmp_path / "data", "train", crowded)
+    message = error_of(train_arguments(data, tmp_path / "run", "--model", "mask2former"), capsys)
+    content = json.loads((data / "annotations" / "train.json").read_text())
+    image = annotation(content)["image_id"]
+    name = next(record["file_name"] for record in content["images"] if record["id"] == image)
+    assert all(part in message for part in (name, "boxes", "mask2former finds 100 objects at most"))
+    assert not (tmp_path / "run").exists()
+
+
 UNREADABLE = ("empty", "truncated", "picture", "foreign", "other", "nothing", "half", "info")
 WRONG_INFO = {
     "size": {"image_size": "big"},

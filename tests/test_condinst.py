@@ -69,6 +69,15 @@ def total(losses: dict[str, Tensor]) -> Tensor:
 # Parts.
 
 
+@pytest.mark.parametrize("supervision", SUPERVISIONS)
+def test_one_image_too_small_for_batch_norms_is_refused_with_a_remedy(supervision):
+    tiny_image = torch.rand(3, 8, 32)
+    with pytest.raises(InputError, match=r"one image of \(8, 32\) pixels .*give two images"):
+        supervision(tiny()).train()([tiny_image], [target((1, 1, 7, 7))])
+    losses = supervision(tiny()).train()([tiny_image, tiny_image], [target((1, 1, 7, 7))] * 2)
+    assert all(loss.isfinite() for loss in losses.values())
+
+
 def test_the_mask_head_is_a_convolution_per_instance():
     torch.manual_seed(0)
     head = DynamicMaskHead(5, sizes=(64, 128), stride=8, channels=4)

@@ -19,6 +19,8 @@ class Tiny(nn.Module):
         super().__init__()
         self.backbone = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
         self.head = nn.Conv2d(2, 2, 1)
+        self.anchors = nn.Parameter(torch.ones(2, 4))
+        self.names = nn.Embedding(2, 3)
 
 
 def made(**values: Any) -> TrainSettings:
@@ -97,7 +99,7 @@ def test_the_warm_up_scales_with_the_run(steps, expected):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_decay_shrinks_weights_and_neither_norms_nor_biases(optimizer):
+def test_decay_shrinks_weights_and_neither_norms_nor_biases_nor_places(optimizer):
     """Without a gradient, one step leaves 1 − lr · decay of a weight; so the backbone's rate shows too."""
     model = Tiny()
     with torch.no_grad():
@@ -114,6 +116,8 @@ def test_decay_shrinks_weights_and_neither_norms_nor_biases(optimizer):
         "backbone.1.bias": [1.0],
         "head.weight": [1 - 0.5 * 0.25],
         "head.bias": [1.0],
+        "anchors": [1.0],
+        "names.weight": [1.0],
     }
 
 
@@ -135,7 +139,7 @@ def test_what_is_frozen_is_not_optimized():
     model.backbone.requires_grad_(False)
     optimizer = build_optimizer(model, made())
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert held == {id(p) for p in model.head.parameters()}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad}
 
 
 def test_a_rate_of_its_own_needs_a_backbone():

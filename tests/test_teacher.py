@@ -153,6 +153,19 @@ def test_masks_are_decoded_once_and_only_for_candidates_that_can_win():
     assert decoded.tolist() == [0, 3]
 
 
+@pytest.mark.parametrize("scale", [1, 2])
+def test_masks_are_decoded_for_the_box_that_a_candidate_overlaps_most(scale):
+    candidates = [(0, (4, 4, 30, 30), 0.9), (0, (20, 4, 46, 30), 0.8), (0, (5, 4, 30, 30), 0.7)]
+    plan = script(*((i, [scale * v for v in box], score) for i, box, score in candidates), level=1.0)
+    size = None if scale == 1 else (64, 96)
+    model = BoxTeacher(ScriptedSegmenter(plan), teacher_size=size).train()
+    boxes, labels = torch.tensor([(20.0, 4.0, 46.0, 31.0), (4.0, 4.0, 30.0, 31.0)]), torch.tensor([3, 5])
+    model([IMAGE], [{"boxes": boxes, "labels": labels}])
+    ((drawn, names),) = model.teacher.drawn_for
+    assert_close(drawn, scale * boxes[[1, 0, 1]])
+    assert names.tolist() == [5, 3, 5]
+
+
 def test_a_candidate_of_another_image_is_never_used():
     plan = script((1, (4, 4, 30, 30), 0.9), (0, (10, 10, 40, 36), 0.9), level=2.0)
     images = seeded_images((48, 64), (48, 64))
@@ -279,6 +292,8 @@ def test_a_batch_without_any_box_trains(supervision):
     assert values == dict.fromkeys(values, 0.0)
     torch.stack(list(losses.values())).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.student.parameters())
+    if supervision is BoxTeacher:
+        assert model.teacher.teacher_calls == []  # there is nothing to ask it for
 
 
 def test_a_batch_without_any_candidate_learns_from_boxes_alone():
@@ -400,9 +415,14 @@ def test_mask_supervision_is_the_mean_dice_of_the_drawn_masks():
     )
 
 
-def test_mask_supervision_without_masks_teaches_no_masks():
+def test_mask_supervision_without_masks_teaches_no_masks_and_says_so_once(caplog):
     torch.manual_seed(0)
-    assert MaskSupervised(ScriptedSegmenter()).train()(IMAGES, TARGETS)["loss_mask"] == 0
+    model = MaskSupervised(ScriptedSegmenter()).train()
+    for _ in range(2):
+        assert model(IMAGES, TARGETS)["loss_mask"] == 0
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "no target of this batch has 'masks', so no mask is learnt from it"
+    ]
 
 
 @pytest.mark.parametrize("name", ["forward_teacher", "forward_student", "mask_stride", "size_divisor"])
