@@ -9,10 +9,11 @@ from boxteacher.supervision import BoxSupervised
 from boxteacher.testing.copies import check_copies
 from boxteacher.testing.edge_cases import check_edge_cases
 from boxteacher.testing.findings import Subject, finding
-from boxteacher.testing.placement import check_landing, check_padding, learn
+from boxteacher.testing.placement import check_landing, check_padding
 from boxteacher.testing.precision import check_compiled, check_half_precision
 from boxteacher.testing.student import check_student
 from boxteacher.testing.teacher import check_candidates, check_detections
+from boxteacher.testing.training import learn
 
 
 def check_provider(
@@ -21,8 +22,8 @@ def check_provider(
     """Checks that a model does all that the core relies on, and says what to change where it does not.
 
     The model itself stays as it is: copies of it are run, and one is trained for up to 200 steps on small
-    images with known boxes, to see that boxes and masks land where they should. Seconds for a small network;
-    build a large one with its smallest settings.
+    images with known boxes, to see that boxes, labels and masks land where they should. Seconds for a small
+    network; build a large one with its smallest settings.
 
     Example:
         >>> def test_my_segmenter_can_be_taught():  # doctest: +SKIP
