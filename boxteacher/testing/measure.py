@@ -62,17 +62,23 @@ def median_offset(offset: Tensor) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def student_masks(subject: Subject, batches: Sequence[Batch]) -> Masks:
-    """The last round's masks of a copy in training mode."""
+def student_masks(subject: Subject, batches: Sequence[Batch], *, swapped: bool = False) -> Masks:
+    """The last round's masks of a copy in training mode; `swapped` tells it targets' boxes y, x, y, x."""
     provider = subject.twin(training=True).provider
     overlaps, offsets = [], []
     for images, targets in batches:
-        masks = provider.forward_student(images, targets).masks[-1]
+        told = [with_swapped_boxes(target) for target in targets] if swapped else targets
+        masks = provider.forward_student(images, told).masks[-1]
         grid = grid_targets(images, targets, provider.mask_stride, provider.size_divisor)
         due = grid.box_masks[masks.target_index]  # (M, h, w)
         overlaps.append(_overlap(masks.logits > 0, due))
         offsets.append(_apart(masks.logits > 0, due) * provider.mask_stride)
     return Masks(torch.cat(overlaps), torch.cat(offsets))
+
+
+def with_swapped_boxes(target: Target) -> Target:
+    """The target with boxes y0, x0, y1, x1."""
+    return {**target, "boxes": target["boxes"][:, [1, 0, 3, 2]]}
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """A known box must land where it should: in the student's masks, the teacher's candidates, the detections."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from boxteacher.errors import ProtocolError
 from boxteacher.testing.explanation import explain_boxes, explain_masks
 from boxteacher.testing.findings import Subject, finding, require
 from boxteacher.testing.measure import (
+    Batch,
     Found,
     Masks,
     found_candidates,
@@ -21,6 +22,7 @@ from boxteacher.testing.scenes import OBLONG, SQUARE, known_boxes
 
 UNSEEN = 1_000_000  # seeds from here on are not trained on
 _NUM_SCENES = 4
+_FIND = {"candidates": found_candidates, "detections": found_detections}
 
 
 @dataclass(frozen=True)
@@ -93,20 +95,28 @@ def _first_fault(subject: Subject, limits: Limits) -> Callable[[], str] | None:
             "after training with drawn masks, the student's masks overlap their boxes by an IoU of only "
             f"{overlap:.2f}; {explain_masks(subject, scenes)}"
         )
-    for what, found in (("candidates", found_candidates), ("detections", found_detections)):
-        fault = _fault_of(subject, what, found(subject, scenes), student, limits)
+    for what in _FIND:
+        fault = _fault_of(subject, scenes, what, student, limits)
         if fault is not None:
             return fault
     return None
 
 
 def _fault_of(
-    subject: Subject, what: str, found: Found, student: Masks, limits: Limits
+    subject: Subject, scenes: Sequence[Batch], what: str, student: Masks, limits: Limits
 ) -> Callable[[], str] | None:
+    find = _FIND[what]
+    found = find(subject, scenes)
     if bool(found.boxes.isnan().all()):
         return lambda: (
             f"there are no {what} at all in images of known boxes, though the student draws their masks: "
             "keep thresholds on scores low, and take boxes and scores from what was trained"
+        )
+    overlap = float(found.box_overlap.mean())
+    if overlap < limits.overlap:
+        return lambda: (
+            f"the {what}' boxes overlap the known ones by an IoU of only {overlap:.2f}; "
+            f"{explain_boxes(subject, scenes, find)}"
         )
     limit = limits.offset * subject.provider.mask_stride  # pixels
     return _fault_of_boxes(what, found, limits, 2 * limit) or _fault_of_masks(
@@ -115,12 +125,6 @@ def _fault_of(
 
 
 def _fault_of_boxes(what: str, found: Found, limits: Limits, limit: float) -> Callable[[], str] | None:
-    overlap = float(found.box_overlap.mean())
-    if overlap < limits.overlap:
-        return lambda: (
-            f"the {what}' boxes overlap the known ones by an IoU of only {overlap:.2f}; "
-            f"{explain_boxes(found)}"
-        )
     offset = median_offset(found.box_offset)
     if max(map(abs, offset)) > limit:
         return lambda: (
