@@ -42,7 +42,7 @@ class Limits:
 
 
 CHECKED = Limits(overlap=0.6, right=0.7, offset=0.5)
-LEARNT = Limits(overlap=0.7, right=0.85, offset=0.35)
+LEARNT = Limits(overlap=0.65, right=0.8, offset=0.4)
 """Stricter, so that training that reached it passes the check."""
 
 
