@@ -366,11 +366,27 @@ def test_each_defect_is_named_with_its_remedy(broken, words, monkeypatch):
     assert_fails(broken(), words, monkeypatch)
 
 
-def test_what_claims_to_compile_is_compiled():
+class NeverCompiled(ScriptedSegmenter):
+    @torch._dynamo.disable
+    def maps(self, images):
+        return super().maps(images)
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (TwiceWhenCompiled, "forward_student: loss_class is .*do not claim compiles=True"),
+        (NeverCompiled, "forward_student: cells.weight, .* are in no compiled graph: .*do not claim"),
+    ],
+)
+def test_what_does_not_compile_must_not_claim_it(broken, words):
     """Tracing takes long, so the segmenter is the smallest there is."""
-    check_compiled(Subject(ScriptedSegmenter(), 1, 1e-3))
-    with pytest.raises(ProtocolError, match=r"forward_student: loss_class is .*do not claim compiles=True"):
-        check_compiled(Subject(TwiceWhenCompiled(), 1, 1e-3))
+    with pytest.raises(ProtocolError, match=words):
+        check_compiled(Subject(broken(), 1, 1e-3))
+
+
+def test_what_claims_to_compile_is_compiled():
+    check_provider(TinySegmenter(), num_classes=3, compiles=True)
 
 
 def test_a_sound_untrained_segmenter_passes_and_stays_as_it_is():
