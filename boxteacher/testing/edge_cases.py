@@ -9,7 +9,7 @@ import torch
 
 from boxteacher.errors import InputError, ProtocolError
 from boxteacher.teacher import BoxTeacher
-from boxteacher.testing.findings import Subject, finding, require
+from boxteacher.testing.findings import Subject, finding, first_line, require
 from boxteacher.testing.measure import Batch
 from boxteacher.testing.scenes import known_boxes
 from boxteacher.testing.teacher import require_detections
@@ -77,6 +77,13 @@ def _refusal(allowed: bool) -> Iterator[None]:
         )
         if not allowed:
             raise
+    except Exception as error:  # an adapter raises whatever its defect leads to
+        if not allowed:
+            raise
+        raise ProtocolError(
+            f"it raised {type(error).__name__} ({first_line(error)}): make this case work, or raise "
+            "boxteacher.InputError with a remedy for the user"
+        ) from error
 
 
 def _check_labels(subject: Subject) -> None:

@@ -49,26 +49,33 @@ class Subject:
         return not bool(apart <= self.tolerance * (greatest + 1e-3))  # NaN differs
 
 
+class FindingError(ProtocolError):
+    """A ProtocolError that names its model and check already."""
+
+
 @contextmanager
 def finding(model: nn.Module, check: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes one line that names the model and the check."""
+    """Whatever goes wrong inside becomes one line that names the model and the (innermost) check."""
     try:
         yield
+    except FindingError:
+        raise
     except ProtocolError as error:
-        raise ProtocolError(f"{type(model).__name__} fails check_provider on {check}: {error}") from error
+        raise FindingError(f"{type(model).__name__} fails check_provider on {check}: {error}") from error
     except InputError as error:
-        raise ProtocolError(
+        raise FindingError(
             f"{type(model).__name__} fails check_provider on {check}: it refuses sound images and targets "
-            f"({_first_line(error)}): accept them, or give check_provider the model's own num_classes"
+            f"({first_line(error)}): accept them, or give check_provider the model's own num_classes"
         ) from error
     except Exception as error:  # an adapter raises whatever its defect leads to
-        raise ProtocolError(
+        raise FindingError(
             f"{type(model).__name__} fails check_provider on {check}: it raised {type(error).__name__} "
-            f"({_first_line(error)}): make this case work"
+            f"({first_line(error)}): make this case work"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of its message; empty if it has none."""
     return (str(error).splitlines() or [""])[0]
 
 

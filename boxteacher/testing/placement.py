@@ -22,6 +22,7 @@ from boxteacher.testing.scenes import OBLONG, SQUARE, known_boxes
 
 UNSEEN = 1_000_000  # seeds from here on are not trained on
 _NUM_SCENES = 4
+_CHECK = "where a known box lands"
 _FIND = {"candidates": found_candidates, "detections": found_detections}
 
 
@@ -48,14 +49,15 @@ LEARNT = Limits(overlap=0.65, right=0.8, offset=0.4)
 
 def lands(subject: Subject) -> bool:
     """Whether boxes never seen before are found well enough to stop training."""
-    return _first_fault(subject, LEARNT) is None
+    with finding(subject.model, _CHECK):
+        return _first_fault(subject, LEARNT) is None
 
 
 def check_landing(subject: Subject) -> None:
     """Checks the student's masks, and boxes, labels and masks of candidates and detections."""
-    fault = _first_fault(subject, CHECKED)
-    if fault is not None:
-        with finding(subject.model, "where a known box lands"):
+    with finding(subject.model, _CHECK):
+        fault = _first_fault(subject, CHECKED)
+        if fault is not None:
             raise ProtocolError(fault())
 
 
