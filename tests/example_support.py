@@ -47,6 +47,6 @@ class TinyBackbone(nn.Module):
 class TinySegmenter(load_example().PrototypeSegmenter):  # type: ignore[misc]
     """The example's segmenter on `TinyBackbone`."""
 
-    def __init__(self, num_classes: int = 2) -> None:
+    def __init__(self, num_classes: int = 3) -> None:
         torch.manual_seed(0)
         super().__init__(TinyBackbone(), num_classes, channels=32, prototypes=8)

@@ -10,19 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from boxteacher import ProtocolError, StudentOutput
-from boxteacher.testing import check_provider, placement
+from boxteacher.testing import check_provider
 from boxteacher.testing.findings import Subject
-from boxteacher.testing.placement import learn
 from boxteacher.testing.precision import check_compiled
 from tests.example_support import TinySegmenter
 from tests.support import ScriptedSegmenter
-
-
-@pytest.fixture(scope="module")
-def learnt() -> dict[str, Tensor]:
-    """Weights with which known boxes land, so that a broken adapter need not be trained for long."""
-    torch.manual_seed(0)
-    return learn(Subject(TinySegmenter(), 2, 1e-3)).state_dict()
+from tests.testing_support import assert_fails
 
 
 def with_masks(output: StudentOutput, **changes: Any) -> StudentOutput:
@@ -359,7 +352,7 @@ class TwiceWhenCompiled(ScriptedSegmenter):
         (NoPerfectLoss, "a batch without any box: loss_mean is nan: divide by"),
         (DividesByArea, "boxes without area: loss_area is inf"),
         (RefusesEmpty, "an image without boxes: it raised IndexError .*make this case work"),
-        (AnyLabel, "label 3 of 2 classes passed without a word.*check_labels"),
+        (AnyLabel, "label 5 of 3 classes passed without a word.*check_labels"),
         (HiddenWeight, "state_dict: .*register_buffer"),
         (SharedCopies, "deepcopy: .*is the original's own tensor"),
         (MaskLogitsDetected, "masks of image . reaches from .*apply the sigmoid"),
@@ -369,21 +362,31 @@ class TwiceWhenCompiled(ScriptedSegmenter):
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
-def test_each_defect_is_named_with_its_remedy(broken, words, learnt, monkeypatch):
-    monkeypatch.setattr(placement, "_STEPS", 40)
-    model = broken()
-    model.load_state_dict(learnt, strict=False)
-    with pytest.raises(ProtocolError, match=words) as caught:
-        check_provider(model, num_classes=2)
-    assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith(broken.__name__)
+def test_each_defect_is_named_with_its_remedy(broken, words, monkeypatch):
+    assert_fails(broken(), words, monkeypatch)
+
+
+class NeverCompiled(ScriptedSegmenter):
+    @torch._dynamo.disable
+    def maps(self, images):
+        return super().maps(images)
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (TwiceWhenCompiled, "forward_student: loss_class is .*do not claim compiles=True"),
+        (NeverCompiled, "forward_student: cells.weight, .* are in no compiled graph: .*do not claim"),
+    ],
+)
+def test_what_does_not_compile_must_not_claim_it(broken, words):
+    """Tracing takes long, so the segmenter is the smallest there is."""
+    with pytest.raises(ProtocolError, match=words):
+        check_compiled(Subject(broken(), 1, 1e-3))
 
 
 def test_what_claims_to_compile_is_compiled():
-    """Tracing takes long, so the segmenter is the smallest there is."""
-    check_compiled(Subject(ScriptedSegmenter(), 1, 1e-3))
-    with pytest.raises(ProtocolError, match=r"forward_student: loss_class is .*do not claim compiles=True"):
-        check_compiled(Subject(TwiceWhenCompiled(), 1, 1e-3))
+    check_provider(TinySegmenter(), num_classes=3, compiles=True)
 
 
 def test_a_sound_untrained_segmenter_passes_and_stays_as_it_is():

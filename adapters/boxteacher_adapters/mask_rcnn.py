@@ -104,7 +104,9 @@ class MaskRCNNProvider(nn.Module):
 
         def decode_masks(candidates: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
             mine = image[candidates]
-            logits = self._mask_logits(inputs, boxes / inputs.scales[mine], mine, labels + 1)
+            # A target's label may be out of range; forward_student, which comes after, says so.
+            channels = labels.clamp(0, self.num_classes - 1) + 1
+            logits = self._mask_logits(inputs, boxes / inputs.scales[mine], mine, channels)
             return self._pasted(logits, boxes, boxes, images)
 
         return Candidates(original, torch.cat(scores), torch.cat(labels) - 1, image, decode_masks)

@@ -5,14 +5,16 @@ import copy
 import torch
 from torch import nn
 
+from boxteacher.adaptation import adapted
 from boxteacher.supervision import BoxSupervised
 from boxteacher.testing.copies import check_copies
 from boxteacher.testing.edge_cases import check_edge_cases
-from boxteacher.testing.findings import Subject, finding
-from boxteacher.testing.placement import check_landing, check_padding, learn
+from boxteacher.testing.findings import Subject, finding, require
+from boxteacher.testing.placement import check_landing, check_padding
 from boxteacher.testing.precision import check_compiled, check_half_precision
 from boxteacher.testing.student import check_student
 from boxteacher.testing.teacher import check_candidates, check_detections
+from boxteacher.testing.training import learn
 
 
 def check_provider(
@@ -21,8 +23,8 @@ def check_provider(
     """Checks that a model does all that the core relies on, and says what to change where it does not.
 
     The model itself stays as it is: copies of it are run, and one is trained for up to 200 steps on small
-    images with known boxes, to see that boxes and masks land where they should. Seconds for a small network;
-    build a large one with its smallest settings.
+    images with known boxes, to see that boxes, labels and masks land where they should. Seconds for a small
+    network; build a large one with its smallest settings.
 
     Example:
         >>> def test_my_segmenter_can_be_taught():  # doctest: +SKIP
@@ -39,7 +41,7 @@ def check_provider(
     """
     with torch.random.fork_rng(), finding(model, "the parts of the protocol"):
         torch.manual_seed(0)
-        provider = BoxSupervised(copy.deepcopy(model)).student
+        provider = _provider(model)
     subject = Subject(provider, num_classes, tolerance)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -52,8 +54,22 @@ def check_provider(
         check_detections(learnt)
         check_landing(learnt)
         check_padding(learnt)
-        check_copies(learnt)
+        check_copies(learnt, subject.model)
         check_edge_cases(learnt)
         check_half_precision(learnt)
         if compiles:
             check_compiled(learnt)
+
+
+def _provider(model: nn.Module) -> nn.Module:
+    """A copy of the model, or of its type's adapter round it."""
+    provider = adapted(copy.deepcopy(model))
+    for name in ("mask_stride", "size_divisor"):
+        value = getattr(provider, name, 1)  # what is missing altogether, `BoxSupervised` says
+        require(
+            isinstance(value, int) and value > 0, f"{name} is {value!r}: make it a whole number of pixels"
+        )
+    require(
+        any(True for _ in provider.parameters()), "it has no parameters: register its layers as attributes"
+    )
+    return BoxSupervised(provider).student

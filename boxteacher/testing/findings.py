@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from boxteacher.errors import ProtocolError
+from boxteacher.errors import InputError, ProtocolError
 from boxteacher.protocol import PseudoMaskProvider
 
 
@@ -45,22 +45,38 @@ class Subject:
         if not ours.numel():
             return False
         greatest = theirs.abs().max().float()
-        return bool((ours.float() - theirs.float()).abs().max() > self.tolerance * (greatest + 1e-3))
+        apart = (ours.float() - theirs.float()).abs().max()
+        return not bool(apart <= self.tolerance * (greatest + 1e-3))  # NaN differs
+
+
+class FindingError(ProtocolError):
+    """A ProtocolError that names its model and check already."""
 
 
 @contextmanager
 def finding(model: nn.Module, check: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes one line that names the model and the check."""
+    """Whatever goes wrong inside becomes one line that names the model and the (innermost) check."""
     try:
         yield
+    except FindingError:
+        raise
     except ProtocolError as error:
-        raise ProtocolError(f"{type(model).__name__} fails check_provider on {check}: {error}") from error
-    except Exception as error:  # an adapter raises whatever its defect leads to
-        reason = (str(error).splitlines() or [""])[0]
-        raise ProtocolError(
-            f"{type(model).__name__} fails check_provider on {check}: it raised {type(error).__name__} "
-            f"({reason}): make this case work, or raise boxteacher.InputError with a remedy for the user"
+        raise FindingError(f"{type(model).__name__} fails check_provider on {check}: {error}") from error
+    except InputError as error:
+        raise FindingError(
+            f"{type(model).__name__} fails check_provider on {check}: it refuses sound images and targets "
+            f"({first_line(error)}): accept them, or give check_provider the model's own num_classes"
         ) from error
+    except Exception as error:  # an adapter raises whatever its defect leads to
+        raise FindingError(
+            f"{type(model).__name__} fails check_provider on {check}: it raised {type(error).__name__} "
+            f"({first_line(error)}): make this case work"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of its message; empty if it has none."""
+    return (str(error).splitlines() or [""])[0]
 
 
 def require(condition: bool, message: str) -> None:

@@ -10,7 +10,12 @@ from boxteacher.protocol import Target
 SQUARE = ((67, 93), (94, 61))  # height and width: odd, mixed, and together on a square canvas
 OBLONG = ((53, 93), (47, 89))  # likewise, on a canvas that is wider than high
 _GROUND = (0.35, 0.45, 0.4)
-_COLORS = ((0.95, 0.2, 0.1), (0.1, 0.3, 0.95))  # one per class, for the first two
+_COLORS = ((0.95, 0.2, 0.1), (0.1, 0.3, 0.95), (0.95, 0.9, 0.15))  # of the classes in `scene_labels`
+
+
+def scene_labels(num_classes: int) -> list[int]:
+    """The labels in use: at most three, so that few steps teach them, the highest among them."""
+    return sorted({0, num_classes // 2, num_classes - 1})
 
 
 def known_boxes(
@@ -23,33 +28,39 @@ def known_boxes(
 ) -> tuple[list[Tensor], list[Target]]:
     """Images (3, H_i, W_i), and targets with masks.
 
+    The labels in use take turns over a batch's objects, so three objects show them all; a class shows in the
+    colour, and not in the place.
+
     Args:
-        num_classes: C; an image's second object has label 1 if there is one.
+        num_classes: C.
         device: of all tensors.
-        seed: of positions, sizes and noise.
+        seed: of positions, sizes and noise, and of the first object's label.
         sizes: height and width of each image.
-        counts: objects in each image, up to two.
+        counts: objects in each image.
     """
     generator = torch.Generator().manual_seed(seed)
+    classes = scene_labels(num_classes)
+    turn = seed
     images: list[Tensor] = []
     targets: list[Target] = []
     for (height, width), count in zip(sizes, counts, strict=True):
         image = torch.tensor(_GROUND)[:, None, None].expand(3, height, width).clone()
-        boxes, masks = [], []
+        boxes, labels = [], []
+        masks = torch.zeros(count, height, width, dtype=torch.bool)
         for n in range(count):
             x0, y0, x1, y1 = _box(height, width, n, count, generator)
-            mask = torch.zeros(height, width, dtype=torch.bool)
-            mask[y0:y1, x0:x1] = True
-            image[:, y0:y1, x0:x1] = torch.tensor(_COLORS[min(n, num_classes - 1)])[:, None, None]
+            kind, turn = turn % len(classes), turn + 1
+            image[:, y0:y1, x0:x1] = torch.tensor(_COLORS[kind])[:, None, None]
+            masks[n, y0:y1, x0:x1] = True
             boxes.append([x0, y0, x1, y1])
-            masks.append(mask)
+            labels.append(classes[kind])
         image = (image + 0.1 * torch.rand(image.shape, generator=generator) - 0.05).clamp(0, 1)
         images.append(image.to(device))
         targets.append(
             {
                 "boxes": torch.tensor(boxes, dtype=torch.float32, device=device).reshape(-1, 4),
-                "labels": torch.arange(count, device=device).clamp(max=num_classes - 1),
-                "masks": torch.stack([*masks, torch.zeros(height, width, dtype=torch.bool)])[:-1].to(device),
+                "labels": torch.tensor(labels, dtype=torch.int64, device=device),
+                "masks": masks.to(device),
             }
         )
     return images, targets

@@ -12,8 +12,7 @@ from boxteacher.testing.scenes import OBLONG, known_boxes
 
 
 def check_student(subject: Subject) -> None:
-    """Checks what `forward_student` returns for images of odd and mixed sizes, and that it "
-    "changes no input."""
+    """Checks what `forward_student` returns for odd and mixed image sizes, and that it changes no input."""
     subject = subject.twin(training=True)
     model = subject.model
     images, targets = known_boxes(subject.num_classes, subject.device, seed=1, sizes=OBLONG)
@@ -32,9 +31,8 @@ def check_student(subject: Subject) -> None:
         for name in first:
             require(
                 not subject.differ(first[name], second[name]),
-                f"{name} is {float(first[name]):g} and then {float(second[name]):g} with the same "
-                "weights, batch and "
-                "torch.manual_seed: draw random numbers from torch's own generator and keep no "
+                f"{name} is {float(first[name]):g} and then {float(second[name]):g} with the same weights, "
+                "batch and torch.manual_seed: draw random numbers from torch's own generator, and keep no "
                 "state between calls",
             )
 
@@ -77,19 +75,16 @@ def check_output(
         missing = sorted({*range(total)} - {*index.tolist()})
         require(
             not missing,
-            f"target_index names {sorted({*index.tolist()})}, so no mask is drawn for targets "
-            f"{missing} of {total}: "
-            "index all targets of the batch laid end to end (add the number of boxes in the images "
-            "before), and "
-            "give every box a positive sample",
+            f"target_index names {sorted({*index.tolist()})}, so no mask is drawn for targets {missing} of "
+            f"{total}: index all targets of the batch laid end to end (add the number of boxes in the images "
+            "before), and give every box a positive sample",
         )
         shape = tuple(masks.logits.shape)
         require(
             shape == (count, *grid),
-            f"mask logits have shape {shape} where {(count, *grid)} is due: one map per sample, "
-            "rows before columns, "
-            f"on the grid of the canvas {canvas} at mask_stride {provider.mask_stride}; pad images with "
-            "boxteacher.geometry.pad_images(images, size_divisor)",
+            f"mask logits have shape {shape} where {(count, *grid)} is due: one map per sample, rows before "
+            f"columns, on the grid of the canvas {canvas} at mask_stride {provider.mask_stride}; pad images "
+            "with boxteacher.geometry.pad_images(images, size_divisor)",
         )
         require_tensor("mask logits", masks.logits, (count, *grid), "float", subject.device)
         require(masks.logits.requires_grad, "mask logits have no gradient: do not detach or threshold them")
@@ -110,11 +105,9 @@ def _check_images_of_masks(output: StudentOutput, images: list[Tensor], targets:
             strongest = max(range(len(pull)), key=pull.__getitem__)
             require(
                 strongest == i and pull[i] > 0,
-                f"masks whose target_index says image {i} are drawn from the pixels of image "
-                f"{strongest} (gradient "
-                f"norms {[f'{p:.2g}' for p in pull]}): target_index counts the targets of image 0 "
-                "first, then "
-                "those of image 1, …; bring it into that order",
+                f"masks whose target_index says image {i} are drawn from the pixels of image {strongest} "
+                f"(gradient norms {[f'{p:.2g}' for p in pull]}): target_index counts the targets of image 0 "
+                "first, then those of image 1, …; bring it into that order",
             )
 
 

@@ -1,14 +1,18 @@
 """`forward_teacher` and the evaluation call: types, ranges, and that looking changes nothing."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from boxteacher.geometry import canvas_size
+from boxteacher.errors import ProtocolError
 from boxteacher.protocol import Candidates
 from boxteacher.testing.findings import Subject, finding, require, require_tensor, require_within
+from boxteacher.testing.measure import decoded
 from boxteacher.testing.scenes import known_boxes
+
+_BOX_KEYS = ("boxes", "scores", "labels", "masks")
 
 
 def check_candidates(subject: Subject) -> None:
@@ -23,52 +27,59 @@ def check_candidates(subject: Subject) -> None:
         _check_output(subject, candidates, images)
         for i, (now, earlier) in enumerate(zip(images, given, strict=True)):
             require(torch.equal(now, earlier), f"image {i} was changed in place: normalise a copy of it")
-    with finding(model, "decode_masks"), torch.no_grad():
-        _check_decoding(subject, candidates, images)
     with finding(model, "a teacher that stays as it is"), torch.no_grad():
-        changed = sorted(name for name, value in _snapshot(model).items() if not _same(value, before[name]))
-        require(
-            not changed,
-            f"forward_teacher changed {', '.join(changed[:3])}: keep batch statistics and counters "
-            "as they are in "
-            "evaluation mode",
-        )
+        _check_state(before, _snapshot(model))
         require(
             modes == [module.training for module in model.modules()],
-            "forward_teacher changed modules between training and evaluation mode: leave train() "
-            "and eval() alone",
+            "forward_teacher changed modules between training and evaluation mode: leave train() and eval() "
+            "alone",
         )
+    with finding(model, "determinism of forward_teacher"), torch.no_grad():
+        again = subject.provider.forward_teacher(images)
+        for i in range(len(images)):
+            _check_same(subject, _of_image(again, i), _of_image(candidates, i), ("boxes", "scores", "masks"))
+    with finding(model, "decode_masks"), torch.no_grad():
+        _check_decoding(subject, candidates, images)
     with finding(model, "candidates of one image at a time"), torch.no_grad():
         _check_images_apart(subject, candidates, images)
 
 
 def check_detections(subject: Subject) -> None:
-    """Checks that `model(images)` in evaluation mode returns torchvision's detections."""
+    """Checks that `model(images)` in evaluation mode returns torchvision's detections, twice the same."""
     model = copy.deepcopy(subject.model).eval()
     images, _ = known_boxes(subject.num_classes, subject.device, seed=3)
-    device = subject.device
     with finding(model, "detections in evaluation mode"), torch.no_grad():
-        detections = model(images)
-        fits = isinstance(detections, list) and len(detections) == len(images)
-        require(
-            fits, f"model(images) returned a {type(detections).__name__}: return a list, one dict per image"
+        first = model(images)
+        require_detections(subject, first, images)
+    with finding(model, "determinism of detections"), torch.no_grad():
+        for ours, theirs in zip(model(images), first, strict=True):
+            _check_same(
+                subject, [ours[key] for key in _BOX_KEYS], [theirs[key] for key in _BOX_KEYS], _BOX_KEYS
+            )
+
+
+def require_detections(subject: Subject, detections: object, images: Sequence[Tensor]) -> None:
+    """Raises ProtocolError unless they are torchvision's: a dict per image, with finite tensors in range."""
+    if not isinstance(detections, list) or len(detections) != len(images):
+        raise ProtocolError(
+            f"model(images) returned a {type(detections).__name__}: return a list, one dict per image"
         )
-        for i, (found, image) in enumerate(zip(detections, images, strict=True)):
-            missing = {"boxes", "labels", "scores", "masks"} - set(found)
-            require(not missing, f"detections of image {i} lack {', '.join(sorted(missing))}: add them")
-            height, width = image.shape[-2:]
-            count = len(found["scores"])
-            name = f"of image {i}"
-            boxes = require_tensor(f"boxes {name}", found["boxes"], (count, 4), "float", device)
-            scores = require_tensor(f"scores {name}", found["scores"], (count,), "float", device)
-            labels = require_tensor(f"labels {name}", found["labels"], (count,), "int64", device)
-            shape = (count, 1, height, width)
-            masks = require_tensor(f"masks {name}", found["masks"], shape, "float", device)
-            _check_ranges(subject, boxes, scores, labels, torch.full_like(labels, i), images)
-            require_within(f"masks {name}", masks, 0, 1, "return probabilities: apply the sigmoid to logits")
+    device = subject.device
+    for i, (found, image) in enumerate(zip(detections, images, strict=True)):
+        missing = set(_BOX_KEYS) - set(found)
+        require(not missing, f"detections of image {i} lack {', '.join(sorted(missing))}: add them")
+        height, width = image.shape[-2:]
+        count = len(found["scores"])
+        name = f"of image {i}"
+        boxes = require_tensor(f"boxes {name}", found["boxes"], (count, 4), "float", device)
+        scores = require_tensor(f"scores {name}", found["scores"], (count,), "float", device)
+        labels = require_tensor(f"labels {name}", found["labels"], (count,), "int64", device)
+        masks = require_tensor(f"masks {name}", found["masks"], (count, 1, height, width), "float", device)
+        _check_ranges(subject, boxes, scores, labels, torch.full_like(labels, i), images)
+        require_within(f"masks {name}", masks, 0, 1, "return probabilities: apply the sigmoid to logits")
 
 
-def _check_output(subject: Subject, candidates: Candidates, images: list[Tensor]) -> None:
+def _check_output(subject: Subject, candidates: Candidates, images: Sequence[Tensor]) -> None:
     require(
         isinstance(candidates, Candidates),
         f"it returned a {type(candidates).__name__}: return boxteacher.Candidates(...)",
@@ -92,7 +103,12 @@ def _check_output(subject: Subject, candidates: Candidates, images: list[Tensor]
 
 
 def _check_ranges(
-    subject: Subject, boxes: Tensor, scores: Tensor, labels: Tensor, image_index: Tensor, images: list[Tensor]
+    subject: Subject,
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    image_index: Tensor,
+    images: Sequence[Tensor],
 ) -> None:
     require_within("scores", scores, 0, 1, "return probabilities: apply the sigmoid or softmax to logits")
     most = subject.num_classes - 1
@@ -100,22 +116,20 @@ def _check_ranges(
     sizes = torch.tensor([[*image.shape[:0:-1]] * 2 for image in images], device=boxes.device)  # (B, 4)
     remedy = "boxes are x0, y0, x1, y1 in pixels of the image as it was given: map them back and clip them"
     # A pixel's slack for rounding in a resize that is mapped back.
-    require_within("boxes over the image's size", (boxes - 1) / sizes[image_index], -0.05, 1.0, remedy)
+    parts = ((boxes - 1) / sizes[image_index]).clamp(min=0)  # (K, 4)
+    require_within("boxes over the image's size", parts, 0, 1, remedy)
+    require_within("x0 and y0 of boxes", boxes[:, :2], -1, float(sizes.max()) + 1, remedy)
     require_within(
         "x1 − x0 and y1 − y0 of boxes", boxes[:, 2:] - boxes[:, :2], 0, float(sizes.max()) + 1, remedy
     )
 
 
-def _check_decoding(subject: Subject, candidates: Candidates, images: list[Tensor]) -> None:
+def _check_decoding(subject: Subject, candidates: Candidates, images: Sequence[Tensor]) -> None:
     count = len(candidates.scores)
-    height, width = canvas_size(images, subject.provider.size_divisor)
-    stride = subject.provider.mask_stride
-    grid = (height // stride, width // stride)
     every = torch.arange(count, device=subject.device)
     for indices in (every, every.flip(0), every[count // 2 :: 2], every[:0]):
-        masks = candidates.own_masks(indices)
-        name = f"decode_masks of {len(indices)} of {count} candidates"
-        require_tensor(name, masks, (len(indices), *grid), "float", subject.device)
+        boxes, labels = candidates.boxes[indices], candidates.labels[indices]
+        masks = decoded(subject, candidates, indices, boxes, labels, images)
         require(
             not masks.requires_grad, "masks carry a gradient though decoded under torch.no_grad: keep it so"
         )
@@ -123,25 +137,47 @@ def _check_decoding(subject: Subject, candidates: Candidates, images: list[Tenso
             full = masks
         require(
             not subject.differ(masks, full[indices]),
-            f"{name}, {indices[:4].tolist()} …, gives other masks than decoding them all does: "
-            "decode_masks(indices) "
-            "returns the mask of each index, in the order of the indices",
+            f"decode_masks of {len(indices)} of {count} candidates, {indices[:4].tolist()} …, gives other "
+            "masks than decoding them all does: decode_masks(indices) returns the mask of each index, in the "
+            "order of the indices",
         )
 
 
-def _check_images_apart(subject: Subject, candidates: Candidates, images: list[Tensor]) -> None:
+def _check_images_apart(subject: Subject, candidates: Candidates, images: Sequence[Tensor]) -> None:
     """Other pixels in image 0 leave the candidates of image 1 as they are."""
     others = subject.provider.forward_teacher([1 - images[0], *images[1:]])
     ours, theirs = (_of_image(each, 1) for each in (candidates, others))
     for name, one, other in zip(("boxes", "scores", "masks"), ours, theirs, strict=True):
         require(
             not subject.differ(other, one),
-            f"{name} of image 1's candidates change with the pixels of image 0: image_index must "
-            "say which image each "
-            "candidate was found in, decode_masks must read that image's features, and nothing may "
-            "be selected "
-            "over the whole batch",
+            f"{name} of image 1's candidates change with the pixels of image 0: image_index must say which "
+            "image each candidate was found in, decode_masks must read that image's features, and nothing "
+            "may be selected over the whole batch",
         )
+
+
+def _check_same(
+    subject: Subject, ours: Sequence[Tensor], theirs: Sequence[Tensor], names: Sequence[str]
+) -> None:
+    for name, one, other in zip(names, ours, theirs, strict=True):
+        require(
+            not subject.differ(one, other),
+            f"{name} of two calls in evaluation mode differ: switch dropout and other randomness off when "
+            "self.training is False, and keep no state between calls",
+        )
+
+
+def _check_state(before: dict[str, object], after: dict[str, object]) -> None:
+    made = sorted(after.keys() - before.keys())
+    require(
+        not made, f"the first call made {', '.join(made[:3])}: make all parameters and buffers in __init__"
+    )
+    changed = sorted(name for name, value in after.items() if not _same(value, before[name]))
+    require(
+        not changed,
+        f"forward_teacher changed {', '.join(changed[:3])}: keep batch statistics and counters as they are "
+        "in evaluation mode",
+    )
 
 
 def _of_image(candidates: Candidates, image: int) -> tuple[Tensor, Tensor, Tensor]:
