@@ -386,7 +386,7 @@ def test_what_does_not_compile_must_not_claim_it(broken, words):
 
 
 def test_what_claims_to_compile_is_compiled():
-    check_provider(TinySegmenter(), num_classes=3, compiles=True)
+    check_provider(TinySegmenter(), compiles=True)
 
 
 def test_a_sound_untrained_segmenter_passes_and_stays_as_it_is():
@@ -397,3 +397,10 @@ def test_a_sound_untrained_segmenter_passes_and_stays_as_it_is():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_the_number_of_classes_must_be_known():
+    model = TinySegmenter()
+    del model.num_classes
+    with pytest.raises(ProtocolError, match="num_classes is None: give check_provider the number"):
+        check_provider(model)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from boxteacher.adaptation import adapted
+from boxteacher.errors import ProtocolError
 from boxteacher.supervision import BoxSupervised
 from boxteacher.testing.copies import check_copies
 from boxteacher.testing.edge_cases import check_edge_cases
@@ -18,7 +19,7 @@ from boxteacher.testing.training import learn
 
 
 def check_provider(
-    model: nn.Module, *, num_classes: int, compiles: bool = False, tolerance: float = 1e-3
+    model: nn.Module, *, num_classes: int | None = None, compiles: bool = False, tolerance: float = 1e-3
 ) -> None:
     """Checks that a model does all that the core relies on, and says what to change where it does not.
 
@@ -28,11 +29,11 @@ def check_provider(
 
     Example:
         >>> def test_my_segmenter_can_be_taught():  # doctest: +SKIP
-        ...     check_provider(MySegmenter(num_classes=3), num_classes=3)
+        ...     check_provider(MySegmenter(num_classes=3))
 
     Args:
         model: what `BoxTeacher` is given; trained or not, on the device to be checked.
-        num_classes: C; labels are 0 … C−1.
+        num_classes: C; labels are 0 … C−1. The provider's attribute of that name if not given.
         compiles: also check `forward_student` and the evaluation call under `torch.compile`.
         tolerance: relative difference allowed between two runs that ought to agree.
 
@@ -42,14 +43,15 @@ def check_provider(
     with torch.random.fork_rng(), finding(model, "the parts of the protocol"):
         torch.manual_seed(0)
         provider = _provider(model)
-    subject = Subject(provider, num_classes, tolerance)
+        classes = _number_of_classes(provider, num_classes)
+    subject = Subject(provider, classes, tolerance)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         check_student(subject)
         check_candidates(subject)
         check_detections(subject)
         # An untrained network may find nothing, so whatever needs candidates looks at a trained copy.
-        learnt = Subject(learn(subject), num_classes, tolerance)
+        learnt = Subject(learn(subject), classes, tolerance)
         check_candidates(learnt)
         check_detections(learnt)
         check_landing(learnt)
@@ -59,6 +61,15 @@ def check_provider(
         check_half_precision(learnt)
         if compiles:
             check_compiled(learnt)
+
+
+def _number_of_classes(provider: nn.Module, given: int | None) -> int:
+    value = getattr(provider, "num_classes", None) if given is None else given
+    if not isinstance(value, int) or value < 1:
+        raise ProtocolError(
+            f"num_classes is {value!r}: give check_provider the number of classes, or the model that attribute"
+        )
+    return value
 
 
 def _provider(model: nn.Module) -> nn.Module:
