@@ -67,7 +67,7 @@ def _number_of_classes(provider: nn.Module, given: int | None) -> int:
     value = getattr(provider, "num_classes", None) if given is None else given
     if not isinstance(value, int) or value < 1:
         raise ProtocolError(
-            f"num_classes is {value!r}: give check_provider the number of classes, or the model that attribute"
+            f"num_classes is {value!r}: give check_provider the number of classes, or the model an attribute"
         )
     return value
 
