@@ -37,7 +37,8 @@ class Candidates:
         scores: (K,) in [0, 1].
         labels: (K,) int64, 0 … C−1.
         image_index: (K,) int64, position of the candidate's image in the batch.
-        decode_masks: draws masks of the candidates that can win a ground-truth box; called once at most.
+        decode_masks: draws masks of the candidates that can win a ground-truth box; a training step calls it
+            once at most, `own_masks` as often as it likes, so it changes nothing.
     """
 
     boxes: Tensor
@@ -54,9 +55,10 @@ class Candidates:
 MaskDecoder = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Mask logits (M, h, w) on the mask grid of candidates (M,) int64, each for a box (M, 4) and a label (M,).
 
-Box and label are those of the ground truth that the candidate overlaps most. A head whose masks are aligned
-with a box draws in that one, and in that class's channel, so that the mask ends where the object does and
-not where the candidate's own box does; a network whose masks need no box leaves them unused.
+Box and label are those of a target that the candidate can win; one that can win two comes twice. A head
+whose masks are aligned with a box draws in that one, and in that class's channel, so that the mask ends
+where the object does and not where the candidate's own box does; a network whose masks need no box leaves
+them unused. Labels are as the targets have them, and not yet looked at.
 """
 
 

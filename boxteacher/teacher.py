@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from boxteacher.assignment import assign_greedily, match_quality
@@ -191,15 +192,15 @@ class BoxTeacher(BoxSupervised):
             boxes, candidates.image_index, grid.boxes, grid.image_index, self.iou_threshold
         )  # (K, T)
         iou = torch.where(candidates.scores[:, None] > self.score_threshold, iou, 0.0)
-        # Masks are decoded for these alone, so their number must be known, and the device waited for.
-        eligible = (iou > 0).any(1).nonzero()[:, 0]  # (E,)
-        scores = candidates.scores[eligible].float()  # (E,)
-        probabilities, quality = self._decode(
-            candidates, eligible, iou[eligible].argmax(1), view, grid
-        )  # (E, h, w), (E,)
-        ranking = ranking_score(scores, quality)  # (E,)
-        chosen = assign_greedily(iou[eligible], ranking, grid.most_boxes)  # (T,)
-        confidence = mask_confidence(scores, quality, self.confidence)  # (E,)
+        # Masks are decoded for these pairs alone, so their number must be known, and the device waited for.
+        candidate, target = (iou > 0).nonzero(as_tuple=True)  # (P,) each
+        scores = candidates.scores[candidate].float()  # (P,)
+        probabilities, quality = self._decode(candidates, candidate, target, view, grid)  # (P, h, w), (P,)
+        # A candidate is ranked by the mask that it draws for the box it overlaps most.
+        wish = torch.where((iou[candidate].argmax(1) == target)[:, None], iou[candidate], 0.0)  # (P, T)
+        winner = assign_greedily(wish, ranking_score(scores, quality), grid.most_boxes)  # (T,)
+        chosen = _pair_of(candidate, target, winner, iou.shape)  # (T,)
+        confidence = mask_confidence(scores, quality, self.confidence)  # (P,)
 
         # Index −1, a box that nobody won, finds the blank entry at the end.
         masks = torch.cat([probabilities > self.mask_threshold, torch.zeros_like(grid.box_masks[:1])])
@@ -213,26 +214,26 @@ class BoxTeacher(BoxSupervised):
     def _decode(
         self,
         candidates: Candidates,
-        eligible: Tensor,
-        target_index: Tensor,
+        candidate: Tensor,
+        target: Tensor,
         view: TeacherView,
         grid: GridTargets,
     ) -> tuple[Tensor, Tensor]:
-        """Mask probabilities (E, h, w) on the grid, 0 outside the image, and mask quality (E,)."""
+        """Mask probabilities (P, h, w) on the grid, 0 outside the image, and mask quality (P,), of pairs."""
         provider = self._provider
-        boxes = view.boxes_of_view(grid.boxes, grid.image_index)[target_index]  # (E, 4)
-        # (E, h, w) on the grid of the teacher's view
-        logits = candidates.decode_masks(eligible, boxes, grid.labels[target_index])
+        boxes = view.boxes_of_view(grid.boxes, grid.image_index)[target]  # (P, 4)
+        # (P, h, w) on the grid of the teacher's view
+        logits = candidates.decode_masks(candidate, boxes, grid.labels[target])
         expected = view.grid_size(provider.mask_stride, provider.size_divisor)
-        check_mask_logits(self.teacher, "decode_masks", logits, (len(eligible), *expected))
+        check_mask_logits(self.teacher, "decode_masks", logits, (len(candidate), *expected))
         probabilities = logits.float().sigmoid()
-        image_index = candidates.image_index[eligible]  # (E,)
+        image_index = candidates.image_index[candidate]  # (P,)
         if self.quality_at == "grid" and self.teacher_size is None:
             probabilities = probabilities.masked_fill_(~grid.inside[image_index], 0.0)
             return probabilities, mask_quality(probabilities, self.mask_threshold)
         stride = provider.mask_stride
         height, width = (stride * cells for cells in grid.inside.shape[1:])
-        pixels = view.masks_of_images(probabilities, image_index, stride, height, width)  # (E, H, W)
+        pixels = view.masks_of_images(probabilities, image_index, stride, height, width)  # (P, H, W)
         probabilities = pixels[:, stride // 2 :: stride, stride // 2 :: stride]
         measured = probabilities if self.quality_at == "grid" else pixels
         return probabilities, mask_quality(measured, self.mask_threshold)
@@ -256,3 +257,18 @@ class BoxTeacher(BoxSupervised):
             "loss_pixel": pixel * (self.pixel_weight * warmup),
             "loss_affinity": affinity * (self.affinity_weight * warmup),
         }
+
+
+def _pair_of(candidate: Tensor, target: Tensor, winner: Tensor, shape: torch.Size) -> Tensor:
+    """The pair (T,) of each target and the candidate that won it, −1 for none.
+
+    Args:
+        candidate: (P,) int64 of each pair.
+        target: (P,) int64 likewise.
+        winner: (T,) int64, any pair of the winning candidate, −1 for none.
+        shape: numbers of candidates and targets.
+    """
+    table = candidate.new_full((shape[0] + 1, shape[1]), -1)  # (K + 1, T)
+    table[candidate, target] = torch.arange(len(candidate), device=candidate.device)
+    candidate = F.pad(candidate, (0, 1), value=shape[0])  # (P + 1,), so that −1 finds the row of blanks
+    return table[candidate[winner], torch.arange(shape[1], device=table.device)]

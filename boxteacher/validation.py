@@ -12,7 +12,7 @@ from boxteacher.protocol import Target
 _METHODS = ("forward_teacher", "forward_student")
 _ATTRIBUTES = ("mask_stride", "size_divisor")
 _GUIDE = "docs/write_an_adapter.md"
-_RANGE_SLACK = 0.01  # interpolation may leave [0, 1] by a little
+_RANGE_SLACK = 0.5  # interpolation may leave [0, 1], but not as far as normalisation does
 
 
 def check_provider_methods(model: nn.Module) -> None:
@@ -83,7 +83,8 @@ def check_images(images: Sequence[Tensor]) -> None:
             least, most = (float(value) for value in image.aminmax())
             if not (least >= -_RANGE_SLACK and most <= 1 + _RANGE_SLACK):
                 raise InputError(
-                    f"image {i} has values from {least:g} to {most:g}: give RGB in [0, 1], not normalised"
+                    f"image {i} has values from {least:g} to {most:g}: give RGB in [0, 1], neither "
+                    "normalised nor scaled to 255"
                 )
 
 

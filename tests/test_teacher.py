@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.testing import assert_close
 
 from boxteacher import BoxSupervised, BoxTeacher, InputError, MaskSupervised, PseudoMaskProvider
 from boxteacher.losses import dice_loss
-from boxteacher.targets import grid_targets
+from boxteacher.targets import box_masks, grid_targets
 from tests.support import (
     Script,
     ScriptedSegmenter,
@@ -164,6 +165,27 @@ def test_masks_are_decoded_for_the_box_that_a_candidate_overlaps_most(scale):
     ((drawn, names),) = model.teacher.drawn_for
     assert_close(drawn, scale * boxes[[1, 0, 1]])
     assert names.tolist() == [5, 3, 5]
+
+
+class BoxAligned(ScriptedSegmenter):
+    """Its masks fill the box that they are drawn for."""
+
+    def forward_teacher(self, images):
+        found = super().forward_teacher(images)
+        rows, columns = (torch.arange(2, side, 4) for side in (32, 48))
+        return replace(
+            found, decode_masks=lambda _, boxes, labels: 20.0 * box_masks(boxes, rows, columns) - 10
+        )
+
+
+def test_a_candidate_that_gets_its_second_wish_draws_in_that_box():
+    plan = script((0, (4, 4, 30, 30), 0.9), (0, (5, 4, 31, 30), 0.8))
+    model = BoxTeacher(BoxAligned(plan)).train()
+    model([IMAGE], [target((4, 4, 30, 30), (10, 4, 36, 30))])
+    pseudo = model.last_pseudo_masks
+    assert (pseudo.confidence > 0.8).all()
+    boxes = torch.tensor([[4, 4, 30, 30], [10, 4, 36, 30]])
+    assert torch.equal(pseudo.masks, box_masks(boxes, torch.arange(2, 32, 4), torch.arange(2, 48, 4)))
 
 
 def test_a_candidate_of_another_image_is_never_used():

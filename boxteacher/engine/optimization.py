@@ -33,18 +33,18 @@ def build_optimizer(student: nn.Module, settings: TrainSettings) -> torch.optim.
             f"backbone_lr_factor is {settings.backbone_lr_factor}, and no parameter of {settings.model} that "
             "is trained is called backbone.…: leave --backbone-lr-factor out"
         )
+
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        return parameter.ndim > 1 and name.endswith("weight") and id(parameter) not in tables
+
     groups = [
         {
-            "params": [
-                p
-                for name, p in parameters
-                if (p.ndim > 1 and name.endswith("weight") and id(p) not in tables) == decays
-            ],
+            "params": [p for name, p in parameters if decays(name, p) == decayed],
             "lr": lr,
             "weight_decay": decay,
         }
         for parameters, lr in ((head, settings.lr), (body, settings.lr * settings.backbone_lr_factor))
-        for decays, decay in ((True, settings.weight_decay), (False, 0.0))
+        for decayed, decay in ((True, settings.weight_decay), (False, 0.0))
     ]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=_SGD_MOMENTUM)

@@ -153,7 +153,7 @@ def _check_queries(student: nn.Module, settings: TrainSettings, data: CocoInstan
     if boxes > queries:
         raise InputError(
             f"{image} has {boxes} boxes, but {settings.model} finds {queries} objects at most, one a query: "
-            "take such images out of the training split, or another --model"
+            "take such images out of the training split, or choose another --model"
         )
 
 

@@ -65,7 +65,7 @@ def check_provider(
 
 def _number_of_classes(provider: nn.Module, given: int | None) -> int:
     value = getattr(provider, "num_classes", None) if given is None else given
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ProtocolError(
             f"num_classes is {value!r}: give check_provider the number of classes, or the model an attribute"
         )

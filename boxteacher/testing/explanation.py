@@ -4,9 +4,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from boxteacher.testing.findings import Subject
-from boxteacher.testing.measure import Batch, Found, centers, student_masks, with_swapped_boxes
+from boxteacher.testing.measure import (
+    Batch,
+    Found,
+    centers,
+    median_offset,
+    student_masks,
+    with_swapped_boxes,
+)
 
 Find = Callable[[Subject, Sequence[Batch]], Found]
 
@@ -36,6 +44,14 @@ _SWAPPED = "x and y are swapped: read targets' boxes, and return boxes, as x0, y
 def explain_boxes(subject: Subject, batches: Sequence[Batch], find: Find) -> str:
     """An example of a box in the wrong place, and what to check."""
     found = find(subject, batches)
+    offset = found.boxes.new_tensor(median_offset(found.box_offset))  # (2,) y, x
+    back = found.boxes - offset.flip(0).repeat(2)  # (T, 4)
+    if bool(box_iou(back, found.known).diagonal().nanmean() > max(0.6, 1.2 * found.box_overlap.mean())):
+        y, x = offset.tolist()
+        return (
+            f"they are off by ({y:+.1f}, {x:+.1f}) pixels (y, x): boxes are in pixels of the image as it was "
+            "given, and the middle of a cell is not its corner"
+        )
     worst = int(found.box_overlap.argmin())
     known, nearest = (
         [round(v) for v in box[worst].nan_to_num().tolist()] for box in (found.known, found.boxes)
@@ -48,7 +64,7 @@ def explain_boxes(subject: Subject, batches: Sequence[Batch], find: Find) -> str
 
 
 def explain_masks(subject: Subject, batches: Sequence[Batch]) -> str:
-    """What the values of a student's masks, the teacher's boxes, and the pixels that masks answer to tell."""
+    """What a student's masks tell: their values, those with boxes swapped, the pixels that they answer to."""
     subject = subject.twin(training=True)
     images, targets = batches[0]
     image = images[0].clone().requires_grad_()

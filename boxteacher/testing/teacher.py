@@ -34,12 +34,12 @@ def check_candidates(subject: Subject) -> None:
             "forward_teacher changed modules between training and evaluation mode: leave train() and eval() "
             "alone",
         )
+    with finding(model, "decode_masks"), torch.no_grad():
+        _check_decoding(subject, candidates, images)
     with finding(model, "determinism of forward_teacher"), torch.no_grad():
         again = subject.provider.forward_teacher(images)
         for i in range(len(images)):
             _check_same(subject, _of_image(again, i), _of_image(candidates, i), ("boxes", "scores", "masks"))
-    with finding(model, "decode_masks"), torch.no_grad():
-        _check_decoding(subject, candidates, images)
     with finding(model, "candidates of one image at a time"), torch.no_grad():
         _check_images_apart(subject, candidates, images)
 
@@ -138,8 +138,8 @@ def _check_decoding(subject: Subject, candidates: Candidates, images: Sequence[T
         require(
             not subject.differ(masks, full[indices]),
             f"decode_masks of {len(indices)} of {count} candidates, {indices[:4].tolist()} …, gives other "
-            "masks than decoding them all does: decode_masks(indices) returns the mask of each index, in the "
-            "order of the indices",
+            "masks than decoding them all does: decode_masks(indices, boxes, labels) returns the mask of "
+            "each index, in the order of the indices",
         )
 
 
