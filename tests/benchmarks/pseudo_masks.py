@@ -1,0 +1,72 @@
+"""How good a checkpoint's pseudo masks are: their IoU with the drawn masks of training images.
+
+    python -m tests.benchmarks.pseudo_masks RUN/last.pt --data DIR
+        [--iou-threshold 0.8] [--teacher-size SHORTEST LONGEST] [--batches N]
+
+The checkpoint is the teacher, and sees the images as `boxteacher train` would show them. Drawn masks are
+looked at here alone: training from boxes never reads them.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from boxteacher import BoxTeacher
+from boxteacher.data import CocoInstances, collate, find_split, training_transform
+from boxteacher.engine.checkpoint import load_checkpoint
+from boxteacher.targets import grid_targets
+
+_BATCH_SIZE = 4
+
+
+def measure(model: BoxTeacher, batches: DataLoader) -> tuple[Tensor, Tensor]:  # type: ignore[type-arg]
+    """IoU (T,) of each target's pseudo mask with its drawn mask on the grid, and confidence (T,)."""
+    overlaps, confidences = [], []
+    for images, targets in batches:
+        drawn = grid_targets(images, targets, model.student.mask_stride, model.student.size_divisor)  # type: ignore[arg-type]
+        hidden = replace(
+            drawn, masks=torch.zeros_like(drawn.masks), has_mask=torch.zeros_like(drawn.has_mask)
+        )
+        _, pseudo = model._prepare(images, hidden)
+        union = (pseudo.masks | drawn.masks).flatten(1).sum(1)  # (T,)
+        overlaps.append((pseudo.masks & drawn.masks).flatten(1).sum(1) / union.clamp(min=1))
+        confidences.append(pseudo.confidence)
+    return torch.cat(overlaps), torch.cat(confidences)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--iou-threshold", type=float, default=0.5)
+    parser.add_argument("--teacher-size", type=int, nargs=2, default=None)
+    parser.add_argument("--batches", type=int, default=12, help="of four images")
+    arguments = parser.parse_args()
+    segmenter, info = load_checkpoint(arguments.checkpoint)
+    split = find_split(arguments.data, "train")
+    transform = training_transform(info.image_size)
+    data = CocoInstances(split.images, split.annotations, read_masks=True, transform=transform)
+    torch.manual_seed(0)
+    some = torch.randperm(len(data))[: arguments.batches * _BATCH_SIZE].tolist()
+    batches = DataLoader(torch.utils.data.Subset(data, some), _BATCH_SIZE, collate_fn=collate)
+    size = None if arguments.teacher_size is None else tuple(arguments.teacher_size)
+    model = BoxTeacher(
+        segmenter, iou_threshold=arguments.iou_threshold, teacher_size=size, augmentation=nn.Identity()
+    )
+    overlap, confidence = measure(model.train(), batches)
+    there = confidence > 0
+    print(
+        f"{int(there.sum())} of {len(there)} targets have a pseudo mask; IoU with the drawn one: mean "
+        f"{overlap[there].mean():.3f}, median {overlap[there].median():.3f}; mean confidence "
+        f"{confidence[there].mean():.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
