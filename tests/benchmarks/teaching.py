@@ -83,11 +83,11 @@ class Scene:
         centers = (self.boxes[:, :2] + self.boxes[:, 2:]) / 2
         levels = torch.zeros(len(self.boxes), dtype=torch.int64)
 
-        def decode(index: Tensor) -> Tensor:
+        def decode(index: Tensor, *_: Tensor) -> Tensor:
             logits = head(features, filters[index], self.image_index[index], centers[index], levels[index])
             return upsample_aligned(logits, _FEATURE_STRIDE // _STRIDE)[:, 0]  # (M, h, w)
 
-        self.decode: Callable[[Tensor], Tensor] = decode
+        self.decode: Callable[..., Tensor] = decode
 
 
 def by_the_project(model: BoxTeacher, scene: Scene) -> PseudoMasks:
