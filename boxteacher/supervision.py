@@ -24,6 +24,7 @@ from boxteacher.steps import StepCounter
 from boxteacher.targets import GridTargets, color_similarity, grid_targets
 from boxteacher.validation import (
     check_batch,
+    check_batch_norms,
     check_choice,
     check_images,
     check_mask_logits,
@@ -65,7 +66,7 @@ class Supervision(nn.Module):
             targets: one per image; needed in training mode.
 
         Raises:
-            InputError: images and targets do not fit together.
+            InputError: images and targets do not fit together, or leave a batch norm a single value.
         """
         self._settle()
         if not self.training:
@@ -73,6 +74,7 @@ class Supervision(nn.Module):
             return self.segmenter(images)
         targets = check_batch(images, targets)
         provider = self._provider
+        check_batch_norms(self.student, images, provider.size_divisor)
         grid = grid_targets(images, targets, provider.mask_stride, provider.size_divisor)
         lessons = self._prepare(images, grid)
         output = provider.forward_student(self._student_view(images), targets)

@@ -131,6 +131,18 @@ def check_batch(images: Sequence[Tensor], targets: Sequence[Target] | None) -> l
     return list(targets)
 
 
+def check_batch_norms(model: nn.Module, images: Sequence[Tensor], size_divisor: int) -> None:
+    """Raises InputError if one image of one cell at the greatest stride is all that a batch norm is given."""
+    if len(images) > 1 or max(images[0].shape[-2:]) > size_divisor:
+        return
+    if any(isinstance(module, nn.BatchNorm2d) and module.training for module in model.modules()):
+        raise InputError(
+            f"a batch of one image of {tuple(images[0].shape[-2:])} pixels leaves batch norms of "
+            f"{type(model).__name__} one value to take a variance of: give two images, or one of more than "
+            f"{size_divisor} pixels"
+        )
+
+
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
     fits = tensor.ndim == len(expected) and all(
         want is None or want == have for want, have in zip(expected, tensor.shape, strict=True)

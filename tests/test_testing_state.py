@@ -113,6 +113,14 @@ class RefusesInAWord(TinySegmenter):
 
 
 class FailsOnOneCell(TinySegmenter):
+    def train(self, mode=True):
+        """Keeps batch norms as they are, for whose sake the core would refuse such a batch before."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
     def forward_student(self, images, targets):
         if len(images) == 1 and max(images[0].shape[1:]) <= 32:
             raise ValueError("Expected more than 1 value per channel when training")

@@ -10,7 +10,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from boxteacher.errors import InputError
-from boxteacher.geometry import canvas_size, grid_coordinates, pad_images
+from boxteacher.geometry import grid_coordinates, pad_images
 from boxteacher.precision import full_precision
 from boxteacher.protocol import Candidates, Detections, MaskPredictions, StudentOutput, Target
 from boxteacher.resampling import upsample_aligned
@@ -107,18 +107,8 @@ class CondInst(nn.Module):
         return Candidates(found.boxes, found.scores, found.labels, found.image_index, decode_masks)
 
     def forward_student(self, images: list[Tensor], targets: list[Target]) -> StudentOutput:
-        """FCOS's losses, and the masks of positive locations, `max_samples` per image at most.
-
-        Raises:
-            InputError: a label is out of range, or there is a single image of 32 × 32 pixels at most.
-        """
+        """FCOS's losses, and the masks of positive locations, `max_samples` per image at most."""
         check_labels(targets, self.num_classes)
-        if canvas_size(images, self.size_divisor) == (self.size_divisor,) * 2 and len(images) == 1:
-            raise InputError(
-                f"a batch of one image of {tuple(images[0].shape[-2:])} pixels leaves CondInst's batch norms "
-                f"one value at stride {self.size_divisor}: give two images, or one of more than "
-                f"{self.size_divisor} pixels"
-            )
         features = self._features(images)
         matched = match_locations(features.locations, targets, self.level_sizes, self.num_classes)
         image, location = self._samples(features.predictions, matched)

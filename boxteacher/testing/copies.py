@@ -12,7 +12,7 @@ from boxteacher.testing.scenes import known_boxes
 
 
 def check_copies(subject: Subject, untrained: nn.Module) -> None:
-    """Checks `deepcopy`, a `state_dict` that goes through a file, and that no gradient reaches the teacher.
+    """Checks that `deepcopy` shares nothing, and that a `state_dict` that goes through a file holds all.
 
     Args:
         subject: a trained model.

@@ -4,7 +4,6 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from boxteacher.errors import InputError
 from boxteacher.validation import check_choice
 from boxteacher_adapters.parts.preprocessing import Preprocessing
 from boxteacher_adapters.parts.pretrained import PretrainedNetwork, Weights, load_weights
@@ -13,8 +12,6 @@ from boxteacher_adapters.parts.swin import CAFFE_SWINS, TORCHVISION_SWINS, caffe
 from boxteacher_adapters.parts.timm_backbones import timm_backbone
 
 __all__ = ["Backbone", "Weights", "build_backbone"]
-
-_DEEPEST_STRIDE = 32
 
 
 class Backbone(nn.Module):
@@ -54,22 +51,9 @@ class Backbone(nn.Module):
         return (image - self.mean) / self.std
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Normalised images (B, 3, H, W) to one map (B, D_i, ⌈H / stride⌉, ⌈W / stride⌉) per stride.
-
-        Raises:
-            InputError: in training, a single cell of the deepest map is all that a batch norm is given.
-        """
-        if self.training and len(images) == 1 and max(images.shape[-2:]) <= _DEEPEST_STRIDE:
-            self._check_batch_norms(images)
+        """Normalised images (B, 3, H, W) to one map (B, D_i, ⌈H / stride⌉, ⌈W / stride⌉) per stride."""
         features = self.network(images)
         return list(features.values()) if isinstance(features, dict) else list(features)
-
-    def _check_batch_norms(self, images: Tensor) -> None:
-        if any(isinstance(module, nn.BatchNorm2d) and module.training for module in self.network.modules()):
-            raise InputError(
-                f"a batch of one image on a canvas of {tuple(images.shape[-2:])} leaves the backbone's batch "
-                "norms one cell to take a variance of: give larger images, or at least two per batch"
-            )
 
     def freeze(self) -> "Backbone":
         """Stops training the early part, and lets batch norms keep the statistics and gains that they have.
