@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torchvision.ops import box_iou
 
 from boxteacher import BoxSupervised, BoxTeacher, InputError, MaskSupervised, PseudoMaskProvider
 from boxteacher_adapters.condinst import CondInst, DynamicMaskHead, build_condinst
@@ -19,6 +18,7 @@ from boxteacher_adapters.fcos import (
     DenseTargets,
 )
 from boxteacher_adapters.parts.backbones import build_backbone
+from tests.disc_support import assert_learns_a_disc
 from tests.support import filled, seeded_images, target
 
 SIZES = (32, 64, 128, 256)
@@ -298,20 +298,4 @@ def mirrored(boxes: dict, width: int = 96) -> dict:
 
 
 def test_a_disc_is_learnt_from_its_box():
-    """A mask that is just the box would overlap the disc by π / 4."""
-    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(96.0), indexing="ij")
-    disc = (x - 36).square() + (y - 34).square() < 20**2
-    colours = ((0.9, 0.2), (0.5, 0.4), (0.1, 0.6))
-    image = torch.stack([torch.where(disc, bright, dark) for bright, dark in colours])
-    box = target((16.0, 14.0, 57.0, 55.0))
-    model = BoxTeacher(tiny(), warmup_steps=60, momentum=0.8).train()
-    optimizer = torch.optim.AdamW(model.student.parameters(), lr=5e-4)
-    for _ in range(70):
-        optimizer.zero_grad()
-        total(model([image, image.flip(2)], [box, mirrored(box)])).backward()
-        optimizer.step()
-    with torch.no_grad():
-        (found,) = model.eval()([image])
-    assert box_iou(found["boxes"][:1], box["boxes"]) > 0.75
-    mask = found["masks"][0, 0] > 0.5
-    assert (mask & disc).sum() / (mask | disc).sum() > 0.82
+    assert_learns_a_disc(tiny(), steps=70, warmup_steps=60, lr=5e-4)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from torchvision.ops import box_iou
 
 from boxteacher import BoxSupervised, BoxTeacher, MaskSupervised, PseudoMaskProvider
 from boxteacher.errors import InputError
 from boxteacher_adapters.mask2former import build_mask2former
+from tests.disc_support import assert_learns_a_disc
 from tests.mask2former_support import tiny, with_masks
 from tests.support import seeded_images, target
 
@@ -188,20 +188,4 @@ def test_small_images_get_the_small_network():
 
 @pytest.mark.parametrize("spatial_prior", [False, True])
 def test_a_disc_is_learnt_from_its_box(spatial_prior):
-    """A mask that is just the box would overlap the disc by π / 4."""
-    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(96.0), indexing="ij")
-    disc = (x - 36).square() + (y - 34).square() < 20**2
-    colours = ((0.9, 0.2), (0.5, 0.4), (0.1, 0.6))
-    image = torch.stack([torch.where(disc, bright, dark) for bright, dark in colours])
-    box, mirrored = target((16.0, 14.0, 57.0, 55.0)), target((39.0, 14.0, 80.0, 55.0))
-    model = BoxTeacher(tiny(spatial_prior=spatial_prior), warmup_steps=30, momentum=0.8).train()
-    optimizer = torch.optim.AdamW(model.student.parameters(), lr=1e-3)
-    for _ in range(40):
-        optimizer.zero_grad()
-        total(model([image, image.flip(2)], [box, mirrored])).backward()
-        optimizer.step()
-    with torch.no_grad():
-        (found,) = model.eval()([image])
-    assert box_iou(found["boxes"][:1], box["boxes"]) > 0.75
-    mask = found["masks"][0, 0] > 0.5
-    assert (mask & disc).sum() / (mask | disc).sum() > 0.82
+    assert_learns_a_disc(tiny(spatial_prior=spatial_prior), steps=40, warmup_steps=30, lr=1e-3)

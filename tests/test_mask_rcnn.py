@@ -8,12 +8,12 @@ import torch
 import torchvision
 from torch import nn
 from torch.testing import assert_close
-from torchvision.ops import box_iou
 
 from boxteacher import BoxSupervised, BoxTeacher, InputError, MaskSupervised
 from boxteacher.targets import box_masks
 from boxteacher_adapters.mask_rcnn import MaskRCNNProvider, build_mask_rcnn
 from boxteacher_adapters.parts.pasting import OUTSIDE, paste_on_grid
+from tests.disc_support import assert_learns_a_disc
 from tests.support import filled, seeded_images, target
 
 
@@ -191,26 +191,9 @@ def test_half_precision_does_not_round_boxes() -> None:
 
 
 def test_a_disc_is_learnt_from_its_box() -> None:
-    """A mask that is just the box would overlap the disc by π / 4."""
-    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(96.0), indexing="ij")
-    disc = (x - 36).square() + (y - 34).square() < 20**2
-    colours = ((0.9, 0.2), (0.5, 0.4), (0.1, 0.6))
-    image = torch.stack([torch.where(disc, bright, dark) for bright, dark in colours])
-    box, mirrored = target((16.0, 14.0, 57.0, 55.0)), target((39.0, 14.0, 80.0, 55.0))
     torch.manual_seed(0)
     student = build_mask_rcnn(1, backbone="resnet18", weights="none", image_size=96)
-    model = BoxTeacher(student, warmup_steps=20, momentum=0.8).train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-    for _ in range(60):
-        optimizer.zero_grad()
-        losses = model([image, image.flip(2)], [box, mirrored])
-        torch.stack(list(losses.values())).sum().backward()
-        optimizer.step()
-    with torch.no_grad():
-        (found,) = model.eval()([image])
-    assert box_iou(found["boxes"][:1], box["boxes"]) > 0.75
-    mask = found["masks"][0, 0] > 0.5
-    assert (mask & disc).sum() / (mask | disc).sum() > 0.82
+    assert_learns_a_disc(student, steps=60, warmup_steps=20, lr=1e-3)
 
 
 def test_gradients_reach_every_trainable_parameter(small: MaskRCNNProvider) -> None:

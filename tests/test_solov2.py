@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
-from torchvision.ops import box_iou
 
 from boxteacher import BoxSupervised, BoxTeacher, InputError, MaskSupervised, PseudoMaskProvider
 from boxteacher.geometry import grid_coordinates
@@ -21,6 +20,7 @@ from boxteacher_adapters.parts.coordinates import append_coordinates, centers_to
 from boxteacher_adapters.solov2 import SIZE_RANGES, SOLOv2, build_solov2
 from boxteacher_adapters.solov2_masks import draw_masks, matrix_nms
 from boxteacher_adapters.solov2_targets import category_loss, grid_cells, match_cells, select_samples
+from tests.disc_support import assert_learns_a_disc
 from tests.support import filled, seeded_images, target
 
 SUPERVISIONS = [BoxTeacher, BoxSupervised, MaskSupervised]
@@ -340,20 +340,4 @@ def test_small_images_get_the_small_network():
 
 
 def test_a_disc_is_learnt_from_its_box():
-    """A mask that is just the box would overlap the disc by π / 4."""
-    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(96.0), indexing="ij")
-    disc = (x - 36).square() + (y - 34).square() < 20**2
-    colours = ((0.9, 0.2), (0.5, 0.4), (0.1, 0.6))
-    image = torch.stack([torch.where(disc, bright, dark) for bright, dark in colours])
-    box, mirrored = target((16.0, 14.0, 57.0, 55.0)), target((39.0, 14.0, 80.0, 55.0))
-    model = BoxTeacher(tiny(), warmup_steps=60, momentum=0.8).train()
-    optimizer = torch.optim.AdamW(model.student.parameters(), lr=1e-3)
-    for _ in range(70):
-        optimizer.zero_grad()
-        total(model([image, image.flip(2)], [box, mirrored])).backward()
-        optimizer.step()
-    with torch.no_grad():
-        (found,) = model.eval()([image])
-    assert box_iou(found["boxes"][:1], box["boxes"]) > 0.75
-    mask = found["masks"][0, 0] > 0.5
-    assert (mask & disc).sum() / (mask | disc).sum() > 0.82
+    assert_learns_a_disc(tiny(), steps=70, warmup_steps=60, lr=1e-3)
