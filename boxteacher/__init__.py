@@ -6,11 +6,14 @@ from boxteacher.protocol import (
     Detections,
     MaskPredictions,
     PseudoMaskProvider,
+    PseudoMasks,
+    PseudoMaskSource,
     StudentOutput,
     Target,
 )
+from boxteacher.pseudo_masks import EMATeacher
 from boxteacher.supervision import BoxSupervised, MaskSupervised
-from boxteacher.teacher import BoxTeacher, PseudoMasks
+from boxteacher.teacher import BoxTeacher
 
 __version__ = "0.1.0"
 
@@ -19,11 +22,13 @@ __all__ = [
     "BoxTeacher",
     "Candidates",
     "Detections",
+    "EMATeacher",
     "InputError",
     "MaskPredictions",
     "MaskSupervised",
     "ProtocolError",
     "PseudoMaskProvider",
+    "PseudoMaskSource",
     "PseudoMasks",
     "StudentOutput",
     "Target",

@@ -5,22 +5,32 @@ from typing import Any
 
 from torch import nn
 
+from boxteacher.validation import check_provider_methods
+
 GROUP = "boxteacher.adapters"
 
 
-def adapted(model: nn.Module) -> nn.Module:
-    """The model itself, or its type's adapter around it.
+def as_provider(model: nn.Module) -> nn.Module:
+    """The model itself if it follows `PseudoMaskProvider`, or its type's adapter around it.
 
     Packages register adapters through the entry-point group `boxteacher.adapters`: an entry's name is the
     dotted name of a type, its value a callable that takes a model of that type and returns a provider that
     keeps it as `.model`. Of a model's base classes the nearest that is registered counts. A model that has
-    either method of `PseudoMaskProvider` is left as it is, so that an incomplete one is told what it lacks.
+    either method of `PseudoMaskProvider` is not wrapped, so that an incomplete one is told what it lacks.
+
+    Raises:
+        ProtocolError: neither the model nor an adapter has every part of the protocol; the message names it.
     """
-    if hasattr(model, "forward_teacher") or hasattr(model, "forward_student"):
-        return model
-    for base in type(model).__mro__:
+    provider = model
+    if not (hasattr(model, "forward_teacher") or hasattr(model, "forward_student")):
+        adapter = _registered_adapter(type(model))
+        provider = model if adapter is None else adapter(model)
+    check_provider_methods(provider)
+    return provider
+
+
+def _registered_adapter(kind: type) -> Any:
+    for base in kind.__mro__:
         for entry in entry_points(group=GROUP, name=f"{base.__module__}.{base.__qualname__}"):
-            adapter: Any = entry.load()
-            provider: nn.Module = adapter(model)
-            return provider
-    return model
+            return entry.load()
+    return None

@@ -19,7 +19,7 @@ def match_quality(
         candidate_image: (K,) int64.
         boxes: (T, 4).
         box_image: (T,) int64.
-        iou_threshold: least IoU, in (0, 1].
+        iou_threshold: minimum IoU, in (0, 1].
 
     Returns:
         (K, T) in [0, 1].
@@ -29,18 +29,18 @@ def match_quality(
     return torch.where(same_image & (iou >= iou_threshold), iou, 0.0)
 
 
-def assign_greedily(iou: Tensor, ranking_score: Tensor, most_boxes: int | None = None) -> Tensor:
+def assign_greedily(iou: Tensor, ranking_score: Tensor, max_boxes: int | None = None) -> Tensor:
     """Lets candidates, best first, each choose the box of highest IoU that is still free.
 
-    This is the box-based assignment of BoxTeacher's Algorithm 1. In every round all candidates choose at
-    once, among the boxes that no better candidate holds. The best candidate that will own a box holds it
-    after the first round, the next best after the second, and so on: as many rounds as an image has boxes
-    are enough, and nothing is asked of the device.
+    This is the box-based assignment of BoxTeacher's Algorithm 1. In each iteration all candidates choose at
+    once, among the boxes that no better candidate owns. The best candidate that can own a box owns it after
+    the first iteration, the next best after the second, and so on: an image needs as many iterations as it
+    has boxes, and none of them synchronizes with the device.
 
     Args:
-        iou: (K, T) as `match_quality` returns it: 0 means that the candidate cannot have the box.
-        ranking_score: (K,); of equals, the earlier candidate goes first.
-        most_boxes: of one image; T if not given.
+        iou: (K, T) as `match_quality` returns it: 0 where the candidate cannot own the box.
+        ranking_score: (K,); of equal candidates, the earlier chooses first.
+        max_boxes: number of boxes of the image that has most; T if not given.
 
     Returns:
         (T,) int64: the candidate of each box, −1 for none.
@@ -49,10 +49,10 @@ def assign_greedily(iou: Tensor, ranking_score: Tensor, most_boxes: int | None =
     if candidates == 0 or boxes == 0:
         return torch.full((boxes,), -1, dtype=torch.int64, device=iou.device)
     order = ranking_score.argsort(descending=True, stable=True)  # (K,) best candidate first
-    wish = iou[order]  # (K, T)
-    place = torch.arange(candidates, device=iou.device)  # (K,)
-    holder = torch.full((boxes,), candidates, device=iou.device)  # (T,) place of each box's; K for none
-    for _ in range(min(candidates, boxes if most_boxes is None else most_boxes)):
-        value, choice = torch.where(place[:, None] <= holder, wish, 0.0).max(1)  # (K,)
-        holder = holder.scatter_reduce(0, choice, torch.where(value > 0, place, candidates), "amin")
-    return torch.cat([order, order.new_full((1,), -1)])[holder]
+    iou = iou[order]  # (K, T)
+    rank = torch.arange(candidates, device=iou.device)  # (K,)
+    owner = torch.full((boxes,), candidates, device=iou.device)  # (T,) rank of each box's owner; K for none
+    for _ in range(min(candidates, boxes if max_boxes is None else max_boxes)):
+        value, choice = torch.where(rank[:, None] <= owner, iou, 0.0).max(1)  # (K,) each
+        owner = owner.scatter_reduce(0, choice, torch.where(value > 0, rank, candidates), "amin")
+    return torch.cat([order, order.new_full((1,), -1)])[owner]

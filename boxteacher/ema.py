@@ -1,9 +1,17 @@
-"""The teacher's weights follow the student's."""
+"""The teacher's weights, and when they move.
 
+Every `torch.optim.Optimizer` announces its steps to hooks, so no training loop has to. A step that
+`GradScaler` skips is not announced, or, by an optimizer that checks for infinities itself, announced together
+with them; gradient accumulation announces nothing until it steps. So every counted step moved the weights.
+"""
+
+import weakref
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
@@ -11,8 +19,8 @@ def ema_momentum(step: int, maximum: float = 0.999) -> float:
     """min(maximum, 1 − 1/(step + 1)): a plain mean at first, then an exponential one.
 
     Args:
-        step: number of updates before this one, ≥ 0.
-        maximum: momentum in [0, 1] that is approached.
+        step: number of updates before this one, at least 0.
+        maximum: limit of the momentum, in [0, 1].
     """
     return min(maximum, 1 - 1 / (step + 1))
 
@@ -24,9 +32,9 @@ def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     Entries that are not floating point (counters) are copied. One fused pass per device and dtype.
 
     Args:
-        teacher: same architecture as `student`; changed in place.
-        student: left as it is.
-        momentum: in [0, 1].
+        teacher: module of the same architecture as `student`; changed in place.
+        student: module that is left unchanged.
+        momentum: weight of the teacher, in [0, 1].
     """
     groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]]
     groups = defaultdict(lambda: ([], []))
@@ -44,3 +52,57 @@ def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
+
+
+class StepCounter:
+    """The number of optimizer steps over the parameters of `module`.
+
+    Optimizers that step one after another, without a call of `advance` in between, make one step together:
+    each may hold a part of the module.
+    """
+
+    def __init__(self, module: nn.Module, steps: int = 0) -> None:
+        self._module = weakref.ref(module)
+        self._counted = steps
+        self._stepped = False
+        self._found_inf: list[Tensor] = []  # of announced steps that may have been skipped
+        _counters.add(self)
+
+    @property
+    def steps(self) -> int:
+        """Steps so far; reading it changes nothing."""
+        return self._counted + self._has_stepped()
+
+    def advance(self) -> bool:
+        """Whether there was a step since the last call; later steps then count as another."""
+        stepped = self._has_stepped()
+        self._counted, self._stepped, self._found_inf = self._counted + stepped, False, []
+        return stepped
+
+    def _has_stepped(self) -> bool:
+        return self._stepped or any(not found.item() for found in self._found_inf)
+
+    def _notice(self, stepped: set[int], found_inf: Tensor | None) -> None:
+        module = self._module()
+        if module is None or not any(id(parameter) in stepped for parameter in module.parameters()):
+            return
+        if found_inf is None:
+            self._stepped = True
+        else:  # read in `_has_stepped`, when it has long been computed
+            self._found_inf.append(found_inf.clone())
+
+
+_counters: "weakref.WeakSet[StepCounter]" = weakref.WeakSet()
+
+
+def _after_optimizer_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    if not _counters:
+        return
+    # GradScaler leaves this on an optimizer that skips steps with infinite gradients by itself.
+    found_inf = getattr(optimizer, "found_inf", None)
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for counter in _counters:
+        counter._notice(stepped, found_inf)
+
+
+register_optimizer_step_post_hook(_after_optimizer_step)

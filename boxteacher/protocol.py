@@ -1,8 +1,6 @@
-"""What a segmenter must offer to be taught, and the records that cross between it and the core.
+"""The two seams: what a segmenter offers, what a source of pseudo masks offers, and the records that cross.
 
-One geometry holds for all of it. A batch of images is padded at the right and bottom to a common canvas
-whose sides are multiples of `size_divisor`; the mask grid is that canvas at `mask_stride`, and cell
-(row, column) stands for the pixel (row · stride + stride // 2, column · stride + stride // 2).
+Both speak of one geometry, that of `boxteacher.grid`.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,20 +10,34 @@ from typing import Any, Protocol, TypedDict, runtime_checkable
 from torch import Tensor
 from typing_extensions import NotRequired
 
+from boxteacher.grid import MaskGrid
+
 
 class Target(TypedDict):
     """What is known of one training image. Boxes are `x0, y0, x1, y1` in pixels; labels are 0 … C−1."""
 
     boxes: Tensor  # (N, 4) float
     labels: Tensor  # (N,) int64
-    masks: NotRequired[Tensor]  # (N, H, W) bool or {0, 1}, used as they are, not cut to their boxes
-    has_mask: NotRequired[Tensor]  # (N,) bool: which of `masks` were drawn; all of them if absent
-    ignored_bottom_rows: NotRequired[int]  # rows at the image's bottom whose pixels teach no colours
+    masks: NotRequired[Tensor]  # (N, H, W) bool or {0, 1}, annotated; they may reach beyond their boxes
+    has_mask: NotRequired[Tensor]  # (N,) bool, which of `masks` are annotated; all of them if absent
+    mask_confidence: NotRequired[Tensor]  # (N,) in [0, 1], the weight of each of `masks`; 1 if absent
+    ignored_bottom_rows: NotRequired[int]  # rows at the image's bottom whose colors the losses ignore
     image_id: NotRequired[int]
+    annotation_ids: NotRequired[Tensor]  # (N,) int64
 
 
 Detections = dict[str, Tensor]
 """torchvision's: boxes (K, 4), labels (K,), scores (K,), masks (K, 1, H, W) with probabilities."""
+
+
+MaskDecoder = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Decodes mask logits (M, h, w) on the mask grid: of candidates (M,) int64, for boxes (M, 4) and labels (M,).
+
+Box and label are those of a target that the candidate may be assigned to; a candidate with two such targets
+comes twice. A head whose masks are aligned with a box decodes into that box, from the channel of that class,
+so that the mask is not cut off where the candidate's own box ends; a network whose masks need no box ignores
+both. Labels are as the targets have them, unchecked.
+"""
 
 
 @dataclass(frozen=True)
@@ -37,29 +49,19 @@ class Candidates:
         scores: (K,) in [0, 1].
         labels: (K,) int64, 0 … C−1.
         image_index: (K,) int64, position of the candidate's image in the batch.
-        decode_masks: draws masks of the candidates that can win a ground-truth box; a training step calls it
-            once at most, `own_masks` as often as it likes, so it changes nothing.
+        decode_masks: decoder of some of the candidates' masks. A training step calls it at most once,
+            `own_masks` calls it any number of times, so it must not change any state.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     image_index: Tensor
-    decode_masks: "MaskDecoder"
+    decode_masks: MaskDecoder
 
     def own_masks(self, indices: Tensor) -> Tensor:
         """Mask logits (M, h, w) of candidates (M,) int64, each in its own box and for its own label."""
         return self.decode_masks(indices, self.boxes[indices], self.labels[indices])
-
-
-MaskDecoder = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Mask logits (M, h, w) on the mask grid of candidates (M,) int64, each for a box (M, 4) and a label (M,).
-
-Box and label are those of a target that the candidate can win; one that can win two comes twice. A head
-whose masks are aligned with a box draws in that one, and in that class's channel, so that the mask ends
-where the object does and not where the candidate's own box does; a network whose masks need no box leaves
-them unused. Labels are as the targets have them, and not yet looked at.
-"""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class MaskPredictions:
 
     Attributes:
         logits: (M, h, w) on the mask grid, with gradient.
-        target_index: (M,) int64, which target each is to reproduce: an index into all targets of the batch
-            laid end to end (image 0's first). Several samples may share a target.
+        target_index: (M,) int64, the target of each sample, as an index into all targets of the batch laid
+            end to end (image 0's first). Several samples may share a target.
     """
 
     logits: Tensor
@@ -78,12 +80,12 @@ class MaskPredictions:
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """What a student answers in training.
+    """What a student returns in training.
 
     Attributes:
         losses: scalar losses that need no mask (classification, boxes, …).
-        masks: the positive samples' masks; one entry per round for a network that supervises each of
-            several decoder layers, else a single entry. Losses are averaged over the rounds.
+        masks: predictions of the positive samples' masks: one entry per decoder layer of a network with
+            auxiliary outputs, else a single entry. Mask losses are averaged over the entries.
     """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -92,23 +94,59 @@ class StudentOutput:
 
 @runtime_checkable
 class PseudoMaskProvider(Protocol):
-    """A segmenter that can be taught by `BoxTeacher`: an `nn.Module` with two methods more than usual.
+    """What a segmenter offers: an `nn.Module` with two methods more than usual.
 
     Images are torchvision's: a list of (3, H, W) float tensors, RGB in [0, 1], whose sizes may differ.
     In evaluation mode the module's ordinary call, `model(images)`, returns one `Detections` per image.
+    `boxteacher.adapter.Segmenter` is an optional base class.
     """
 
     mask_stride: int
     """Pixels per cell of the mask grid."""
     size_divisor: int
-    """The canvas's sides are multiples of this; itself a multiple of `mask_stride`."""
+    """Divisor of the padded batch's sides; a multiple of `mask_stride`."""
 
     def forward_teacher(self, images: list[Tensor]) -> Candidates:
-        """Candidates for pseudo masks. Called in evaluation mode and without gradients."""
+        """Candidates for pseudo masks. Called without gradients, usually in evaluation mode."""
         ...
 
     def forward_student(self, images: list[Tensor], targets: list[Target]) -> StudentOutput:
-        """Mask-free losses, and the mask logits of the positive samples. Called in training mode."""
+        """Losses that need no mask, and the mask logits of the positive samples. Called in training mode."""
         ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class PseudoMasks:
+    """A mask for each of a batch's T targets, laid end to end, on the mask grid.
+
+    Attributes:
+        masks: (T, h, w) bool, or in [0, 1]; 0 where there is none.
+        confidence: (T,) in [0, 1]; 0 where there is none.
+    """
+
+    masks: Tensor
+    confidence: Tensor
+
+
+@runtime_checkable
+class PseudoMaskSource(Protocol):
+    """What a teacher offers: masks for known boxes.
+
+    `boxteacher.EMATeacher`, the student's own moving average, is one; any callable with this signature,
+    such as a promptable segmenter that is asked with the boxes, is another.
+    """
+
+    def __call__(self, images: list[Tensor], targets: list[Target], grid: MaskGrid) -> PseudoMasks:
+        """Pseudo masks of the targets. Called without gradients.
+
+        Args:
+            images: (3, H_i, W_i) each, RGB in [0, 1], not augmented.
+            targets: one per image, with `image_id` and `annotation_ids` where the data set has them.
+            grid: the mask grid of the student; `grid.sample` takes masks at an image's pixels onto it.
+
+        Returns:
+            Masks on the grid. `BoxTeacher` cuts them to their boxes.
+        """
+        ...

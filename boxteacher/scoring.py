@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 ConfidenceFormula = Literal["released", "paper"]
@@ -13,7 +12,7 @@ def mask_quality(mask_probabilities: Tensor, threshold: float = 0.5) -> Tensor:
 
     Args:
         mask_probabilities: (K, h, w) in [0, 1].
-        threshold: a pixel belongs to the mask above it.
+        threshold: probability above which a pixel belongs to the mask.
 
     Returns:
         (K,) in [0, 1]; 0 for a mask without pixels.
@@ -34,19 +33,10 @@ def mask_confidence(scores: Tensor, quality: Tensor, formula: ConfidenceFormula 
     Args:
         scores: (K,) detection scores in [0, 1].
         quality: (K,) in [0, 1], from `mask_quality`.
-        formula: "paper" is √(score · quality); "released", that of the authors' code and of its numbers,
-            is √(√score · quality).
+        formula: "paper" for √(score · quality); "released", as in the authors' code and figures, for
+            √(√score · quality).
 
     Returns:
         (K,) in [0, 1].
     """
     return ((scores.sqrt() if formula == "released" else scores) * quality).sqrt()
-
-
-def smooth_masks(masks: Tensor) -> Tensor:
-    """Each mask (…, h, w) averaged with its 3 × 3 mean; cells outside the grid count as 0."""
-    values = masks.float()
-    padded = F.pad(values, (1, 1, 1, 1))
-    rows = padded[..., :-2, :] + padded[..., 1:-1, :] + padded[..., 2:, :]  # (…, h, w + 2)
-    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]  # (…, h, w)
-    return (values + total / 9) / 2

@@ -1,4 +1,4 @@
-"""Boxes, colours and drawn masks on the mask grid: what the losses compare a predicted mask with."""
+"""Boxes, colors and annotated masks on the mask grid: what the losses compare a predicted mask with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from boxteacher.geometry import canvas_size, grid_coordinates, pad_images
-from boxteacher.neighbours import neighbour_offsets, shifted
+from boxteacher.grid import MaskGrid, neighbor_offsets, shifted
 from boxteacher.precision import full_precision
 from boxteacher.protocol import Target
 
@@ -24,11 +23,9 @@ class GridTargets:
         extents: (T, 4) int64, the cells of `box_masks`: first row, first column, end row, end column, the
             ends exclusive.
         box_masks: (T, h, w) bool, inside of the box.
-        masks: (T, h, w) bool, masks that were drawn; empty where none was.
-        has_mask: (T,) bool, whether there is one.
-        inside: (B, h, w) bool, cells that lie in the image, not in its padding.
-        valid: (B, h, w) bool, cells inside but for the image's ignored bottom rows.
-        most_boxes: the number of boxes of the image that has most.
+        masks: (T, h, w) bool, annotated masks; empty where there is none.
+        mask_confidence: (T,) in [0, 1] of annotated masks; 0 where there is none.
+        valid: (B, h, w) bool, cells inside the image without its ignored bottom rows.
     """
 
     boxes: Tensor
@@ -37,34 +34,22 @@ class GridTargets:
     extents: Tensor
     box_masks: Tensor
     masks: Tensor
-    has_mask: Tensor
-    inside: Tensor
+    mask_confidence: Tensor
     valid: Tensor
-    most_boxes: int
 
 
-def grid_targets(
-    images: Sequence[Tensor], targets: Sequence[Target], mask_stride: int, size_divisor: int
-) -> GridTargets:
+def grid_targets(images: Sequence[Tensor], targets: Sequence[Target], grid: MaskGrid) -> GridTargets:
     """Lays a batch's targets end to end on its mask grid.
 
     Args:
         images: (3, H_i, W_i) each; only their sizes count.
         targets: one per image.
-        mask_stride: pixels per grid cell.
-        size_divisor: the canvas's sides are multiples of this.
+        grid: of the batch.
     """
-    device = images[0].device
-    height, width = canvas_size(images, size_divisor)
-    counts = [len(target["boxes"]) for target in targets]
-    boxes = torch.cat([target["boxes"] for target in targets])  # (T, 4)
-    labels = torch.cat([target["labels"] for target in targets])  # (T,)
-    image_index = torch.cat(
-        [torch.full((count,), i, device=device) for i, count in enumerate(counts)]
-    )  # (T,)
-    rows, columns = grid_coordinates(height, width, mask_stride, device)
+    boxes, labels, image_index = flat_targets(targets)
+    rows, columns = grid.coordinates(boxes.device)
+    masks, mask_confidence = _annotated_masks(targets, grid)
     ignored = [target.get("ignored_bottom_rows", 0) for target in targets]
-    masks, has_mask = _drawn_masks(images, targets, mask_stride, (len(rows), len(columns)))
     return GridTargets(
         boxes=boxes,
         labels=labels,
@@ -72,15 +57,23 @@ def grid_targets(
         extents=box_extents(boxes, rows, columns),
         box_masks=box_masks(boxes, rows, columns),
         masks=masks,
-        has_mask=has_mask,
-        inside=_cells_inside(images, [0] * len(images), rows, columns),
-        valid=_cells_inside(images, ignored, rows, columns),
-        most_boxes=max(counts),
+        mask_confidence=mask_confidence,
+        valid=cells_inside(images, grid, ignored),
     )
 
 
+def flat_targets(targets: Sequence[Target]) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes (T, 4), labels (T,) and image index (T,) int64 of a batch's targets laid end to end."""
+    boxes = torch.cat([target["boxes"] for target in targets])  # (T, 4)
+    labels = torch.cat([target["labels"] for target in targets])  # (T,)
+    image_index = torch.cat(
+        [torch.full((len(target["boxes"]),), i, device=boxes.device) for i, target in enumerate(targets)]
+    )  # (T,)
+    return boxes, labels, image_index
+
+
 def box_extents(boxes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The cells of each box: those whose pixel is one that the box touches.
+    """The cells of each box: those whose pixel the box touches.
 
     Args:
         boxes: (T, 4) `x0, y0, x1, y1` in pixels.
@@ -88,8 +81,8 @@ def box_extents(boxes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         columns: (w,) pixel column of each grid column.
 
     Returns:
-        (T, 4) int64, first row, first column, end row, end column, the ends exclusive; both alike for a box
-        that lies between the rows, or columns, of pixels.
+        (T, 4) int64, first row, first column, end row, end column, the ends exclusive; first and end are
+        equal for a box that lies between two rows, or columns, of the grid's pixels.
     """
     x0, y0, x1, y1 = boxes.floor().unsqueeze(-1).unbind(1)  # (T, 1) each
     first = torch.stack([(rows < y0).sum(1), (columns < x0).sum(1)], 1)  # (T, 2)
@@ -98,7 +91,7 @@ def box_extents(boxes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def box_masks(boxes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Which cells lie in each box, (T, h, w) bool; arguments as for `box_extents`."""
+    """Cells that lie in each box, (T, h, w) bool; arguments as for `box_extents`."""
     extents = box_extents(boxes, rows, columns)
     top, left, bottom, right = extents.unsqueeze(-1).unbind(1)  # (T, 1) each
     row = torch.arange(len(rows), device=rows.device)  # (h,)
@@ -108,65 +101,56 @@ def box_masks(boxes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return inside_rows[:, :, None] & inside_columns[:, None, :]
 
 
-def _cells_inside(
-    images: Sequence[Tensor], ignored_bottom_rows: Sequence[int], rows: Tensor, columns: Tensor
+def cells_inside(
+    images: Sequence[Tensor], grid: MaskGrid, ignored_bottom_rows: Sequence[int] | None = None
 ) -> Tensor:
+    """Cells of the grid that lie in each image, not in its padding or its ignored rows: (B, h, w) bool."""
+    rows, columns = grid.coordinates(images[0].device)
+    ignored_bottom_rows = [0] * len(images) if ignored_bottom_rows is None else ignored_bottom_rows
     return torch.stack(
         [
             (rows < image.shape[-2] - ignored)[:, None] & (columns < image.shape[-1])
             for image, ignored in zip(images, ignored_bottom_rows, strict=True)
         ]
-    )  # (B, h, w)
+    )
 
 
-def _drawn_masks(
-    images: Sequence[Tensor], targets: Sequence[Target], stride: int, grid: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Drawn masks sampled on the grid (T, h, w) bool, and which targets have one (T,) bool."""
-    masks, has_mask = [], []
-    for image, target in zip(images, targets, strict=True):
-        count = len(target["boxes"])
-        on_grid = torch.zeros(count, *grid, dtype=torch.bool, device=image.device)  # (N, h, w)
-        drawn = torch.zeros(count, dtype=torch.bool, device=image.device)  # (N,)
+def _annotated_masks(targets: Sequence[Target], grid: MaskGrid) -> tuple[Tensor, Tensor]:
+    """Annotated masks on the grid (T, h, w) bool, and their confidence (T,); 0 where there is none."""
+    masks, confidences = [], []
+    for target in targets:
+        boxes = target["boxes"]  # (N, 4)
         if "masks" in target:
-            sampled = target["masks"][:, stride // 2 :: stride, stride // 2 :: stride]
-            on_grid[:, : sampled.shape[1], : sampled.shape[2]] = sampled.bool()
-            drawn = target["has_mask"] if "has_mask" in target else torch.ones_like(drawn)
-        masks.append(on_grid)
-        has_mask.append(drawn)
-    return torch.cat(masks), torch.cat(has_mask)
+            masks.append(grid.sample(target["masks"]).bool())
+            confidence = target.get("mask_confidence", torch.ones(len(boxes), device=boxes.device))  # (N,)
+            has_mask = target.get("has_mask", torch.ones_like(confidence, dtype=torch.bool))  # (N,)
+            confidences.append(torch.where(has_mask, confidence, 0.0))
+        else:
+            masks.append(torch.zeros(len(boxes), *grid.shape, dtype=torch.bool, device=boxes.device))
+            confidences.append(torch.zeros(len(boxes), device=boxes.device))
+    return torch.cat(masks), torch.cat(confidences)
 
 
-def color_similarity(
-    images: Sequence[Tensor],
-    valid: Tensor,
-    mask_stride: int,
-    size_divisor: int,
-    kernel_size: int = 3,
-    dilation: int = 2,
-) -> Tensor:
-    """How alike each cell's colour is to its neighbours': exp(−½ ‖ΔLab‖) (BoxInst, CVPR 2021, Eq. 5).
+def color_similarity(images: Sequence[Tensor], valid: Tensor, grid: MaskGrid) -> Tensor:
+    """Similarity of each cell's color to its neighbors': exp(−½ ‖ΔLab‖) (BoxInst, CVPR 2021, Eq. 5).
 
     The images are average-pooled to the grid and rounded down to bytes before they are taken to CIE Lab.
 
     Args:
         images: (3, H_i, W_i) each, RGB in [0, 1].
-        valid: (B, h, w) bool; a neighbour that is not valid, or outside, has similarity 0.
-        mask_stride: pixels per grid cell.
-        size_divisor: the canvas's sides are multiples of this.
-        kernel_size: side of the window of neighbours, odd.
-        dilation: cells between neighbours in the window.
+        valid: (B, h, w) bool; a neighbor that is not valid, or outside, has similarity 0.
+        grid: of the batch.
 
     Returns:
-        (B, kernel_size² − 1, h, w) in [0, 1], neighbours in row-major order without the centre.
+        (B, 8, h, w) in [0, 1], neighbors in row-major order without the center.
     """
     with full_precision(valid.device):
-        canvas = pad_images(images, size_divisor)  # (B, 3, H, W)
-        pooled = F.avg_pool2d(canvas.float() * 255, mask_stride).floor()  # (B, 3, h, w)
+        batch = grid.pad(images)  # (B, 3, H, W)
+        pooled = F.avg_pool2d(batch.float() * 255, grid.stride).floor()  # (B, 3, h, w)
         lab = rgb_to_lab(pooled / 255)  # (B, 3, h, w)
     valid_float = valid.float()
     similarities = []
-    for offset in neighbour_offsets(kernel_size, dilation):
+    for offset in neighbor_offsets():
         difference = (lab - shifted(lab, offset)).square().sum(1).sqrt()  # (B, h, w)
         similarities.append(torch.exp(-0.5 * difference) * shifted(valid_float, offset))
     return torch.stack(similarities, 1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from boxteacher.errors import InputError, ProtocolError
-from boxteacher.protocol import Target
+from boxteacher.protocol import PseudoMasks, Target
 
 _METHODS = ("forward_teacher", "forward_student")
 _ATTRIBUTES = ("mask_stride", "size_divisor")
@@ -38,24 +38,40 @@ def check_mask_logits(model: nn.Module, method: str, logits: Tensor, expected: t
     if logits.shape != expected:
         raise ProtocolError(
             f"{type(model).__name__}.{method} gave mask logits {tuple(logits.shape)} where {expected} is "
-            f"due: one map per sample, on the canvas's grid at mask_stride; see {_GUIDE}"
+            f"expected: one map per sample, on the mask grid; see {_GUIDE}"
+        )
+
+
+def check_pseudo_masks(source: object, pseudo: PseudoMasks, expected: tuple[int, ...]) -> None:
+    """Raises ProtocolError unless a source gave one mask per target on the grid, and one confidence."""
+    shapes = tuple(pseudo.masks.shape), tuple(pseudo.confidence.shape)
+    if shapes != (expected, expected[:1]):
+        raise ProtocolError(
+            f"{type(source).__name__} gave pseudo masks {shapes[0]} and confidence {shapes[1]} where "
+            f"{expected} and {expected[:1]} are expected: one mask per target on the mask grid, and one "
+            "confidence"
         )
 
 
 def check_range(
-    name: str, value: float, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf
+    name: str,
+    value: float,
+    *,
+    minimum: float = -math.inf,
+    above: float = -math.inf,
+    maximum: float = math.inf,
 ) -> None:
-    """Raises InputError unless `value` is finite, at least `least`, above `above` and at most `most`."""
-    if not (math.isfinite(value) and least <= value <= most and value > above):
-        lower = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
-        upper = f" and at most {most:g}" if most < math.inf else ""
+    """Raises InputError unless `value` is finite, above `above`, and from `minimum` to `maximum`."""
+    if not (math.isfinite(value) and minimum <= value <= maximum and value > above):
+        lower = f"above {above:g}" if above > -math.inf else f"at least {minimum:g}"
+        upper = f" and at most {maximum:g}" if maximum < math.inf else ""
         raise InputError(f"{name} is {value}: give a number {lower}{upper}")
 
 
-def check_whole(name: str, value: object, *, least: int) -> None:
-    """Raises InputError unless `value` is a whole number, at least `least`."""
-    if not isinstance(value, int) or value < least:
-        raise InputError(f"{name} is {value!r}: give a whole number, at least {least}")
+def check_whole(name: str, value: object, *, minimum: int) -> None:
+    """Raises InputError unless `value` is a whole number, at least `minimum`."""
+    if not isinstance(value, int) or value < minimum:
+        raise InputError(f"{name} is {value!r}: give a whole number, at least {minimum}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
@@ -80,11 +96,11 @@ def check_images(images: Sequence[Tensor]) -> None:
         if not image.numel():
             raise InputError(f"image {i} has shape {tuple(image.shape)}: give at least one pixel")
         if image.device.type == "cpu":
-            least, most = (float(value) for value in image.aminmax())
-            if not (least >= -_RANGE_SLACK and most <= 1 + _RANGE_SLACK):
+            low, high = (float(value) for value in image.aminmax())
+            if not (low >= -_RANGE_SLACK and high <= 1 + _RANGE_SLACK):
                 raise InputError(
-                    f"image {i} has values from {least:g} to {most:g}: give RGB in [0, 1], neither "
-                    "normalised nor scaled to 255"
+                    f"image {i} has values from {low:g} to {high:g}: give RGB in [0, 1], neither normalized "
+                    "nor scaled to 255"
                 )
 
 
@@ -127,8 +143,21 @@ def check_batch(images: Sequence[Tensor], targets: Sequence[Target] | None) -> l
         if "has_mask" in target:
             _check_shape(f"target {i}: has_mask", target["has_mask"], (count,), "one flag per box")
             if target["has_mask"].dtype != torch.bool or "masks" not in target:
-                raise InputError(f"target {i}: has_mask says which 'masks' were drawn: give both, it as bool")
+                raise InputError(
+                    f"target {i}: has_mask says which 'masks' were annotated: give both, it as bool"
+                )
+        if "mask_confidence" in target:
+            _check_mask_confidence(i, target, count)
     return list(targets)
+
+
+def _check_mask_confidence(i: int, target: Target, count: int) -> None:
+    confidence = target["mask_confidence"]
+    _check_shape(f"target {i}: mask_confidence", confidence, (count,), "one value in [0, 1] per box")
+    if not confidence.is_floating_point() or "masks" not in target:
+        raise InputError(f"target {i}: mask_confidence weighs 'masks': give both, it as float")
+    if confidence.device.type == "cpu" and not ((confidence >= 0) & (confidence <= 1)).all():
+        raise InputError(f"target {i}: mask_confidence is {confidence.tolist()}: give values in [0, 1]")
 
 
 def check_batch_norms(model: nn.Module, images: Sequence[Tensor], size_divisor: int) -> None:
@@ -158,9 +187,9 @@ def check_labels(targets: Sequence[Target], num_classes: int) -> None:
         labels = target["labels"]
         if labels.device.type != "cpu" or len(labels) == 0:
             continue
-        least, most = int(labels.min()), int(labels.max())
-        if least < 0 or most >= num_classes:
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= num_classes:
             raise InputError(
-                f"target {i}: labels reach from {least} to {most}: with {num_classes} classes they are "
+                f"target {i}: labels reach from {low} to {high}: with {num_classes} classes they are "
                 f"0 to {num_classes - 1}, without one for background"
             )

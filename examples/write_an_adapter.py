@@ -13,11 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision.ops import Conv2dNormActivation, batched_nms, generalized_box_iou_loss, sigmoid_focal_loss
 
-from boxteacher import BoxTeacher, Candidates, MaskPredictions, StudentOutput
+from boxteacher import BoxTeacher, Candidates, EMATeacher, MaskPredictions, StudentOutput
 from boxteacher.data import CocoInstances, collate, training_transform, write_shapes
 from boxteacher.engine.evaluate import evaluate_segmenter
-from boxteacher.geometry import grid_coordinates, pad_images
-from boxteacher.resampling import upsample_aligned
+from boxteacher.grid import grid_coordinates, pad_images, upsample_aligned
 from boxteacher.validation import check_labels
 from boxteacher_adapters.parts.backbones import build_backbone
 
@@ -103,7 +102,8 @@ def main():
     data = CocoInstances(folder / "train", annotations, transform=transform)
     loader = DataLoader(data, 8, sampler=RandomSampler(data, num_samples=8 * steps), collate_fn=collate)
     segmenter = PrototypeSegmenter(build_backbone("efficientnet_lite0"), len(data.class_names))
-    model = BoxTeacher(segmenter, momentum=0.97, warmup_steps=steps // 5, pseudo_warmup_steps=steps).train()
+    teacher = EMATeacher(segmenter, momentum=0.97)
+    model = BoxTeacher(segmenter, teacher=teacher, warmup_steps=steps // 5, pseudo_warmup_steps=steps).train()
     optimizer = torch.optim.AdamW(segmenter.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps)
     for batch in loader:  # images and targets: boxes and labels, no masks
@@ -112,7 +112,7 @@ def main():
         optimizer.step()  # the teacher follows by itself
         schedule.step()
     classes = {"class_names": data.class_names, "category_ids": data.category_ids}
-    print(evaluate_segmenter(model.export(), folder, image_size=128, **classes).table)
+    print(evaluate_segmenter(model.unwrap(), folder, image_size=128, **classes).table)
 
 
 if __name__ == "__main__":

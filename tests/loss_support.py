@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from boxteacher.grid import MaskGrid, neighbor_offsets
 from boxteacher.losses import (
     BoxRegions,
     affinity_relation,
     color_relation,
     pair_sums,
 )
-from boxteacher.neighbours import neighbour_offsets
 from boxteacher.targets import color_similarity
 
 
@@ -26,16 +26,14 @@ class Scene:
     similarity: Tensor  # (B, 8, h, w)
     pseudo_masks: Tensor  # (M, h, w)
 
-    def pair_sums(self, kernel_size: int = 3, dilation: int = 2) -> tuple[Tensor, Tensor]:
+    def pair_sums(self) -> tuple[Tensor, Tensor]:
         return pair_sums(
             self.logits,
             BoxRegions(self.extents, self.image_index, self.valid),
             [
-                color_relation(self.similarity, self.image_index, 0.5, kernel_size, dilation),
+                color_relation(self.similarity, self.image_index, 0.5),
                 affinity_relation(self.pseudo_masks, torch.arange(len(self.logits)), 0.5),
             ],
-            kernel_size,
-            dilation,
         )
 
     def flip(self, dimension: int) -> "Scene":
@@ -44,7 +42,7 @@ class Scene:
         first, end = dimension - 1, dimension + 1
         extents = self.extents.clone()
         extents[:, first], extents[:, end] = size - self.extents[:, end], size - self.extents[:, first]
-        offsets = neighbour_offsets()
+        offsets = neighbor_offsets()
         mirrored = [
             offsets.index((-down, right) if dimension == 1 else (down, -right)) for down, right in offsets
         ]
@@ -59,13 +57,7 @@ class Scene:
 
 
 def random_scene(
-    masks: int,
-    height: int,
-    width: int,
-    kernel_size: int = 3,
-    dilation: int = 2,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    masks: int, height: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Scene:
     generator = torch.Generator().manual_seed(seed)
 
@@ -84,6 +76,6 @@ def random_scene(
         extents=torch.cat([first, end], 1),
         image_index=torch.randint(2, (masks,), generator=generator),
         valid=valid,
-        similarity=color_similarity(images, valid, 1, 1, kernel_size, dilation),
+        similarity=color_similarity(images, valid, MaskGrid(1, height, width)),
         pseudo_masks=random(masks, height, width) < 0.5,
     )

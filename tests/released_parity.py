@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from boxteacher import BoxTeacher
+from boxteacher import BoxTeacher, EMATeacher
 from boxteacher.engine.segmenters import build_segmenter
 from boxteacher.engine.weights import as_whole_model, fill
-from boxteacher.geometry import pad_images
+from boxteacher.grid import pad_images
 from boxteacher_adapters.checkpoints import recognise
 from boxteacher_adapters.released_keys import SCALES, condinst_name
 from tests.released_support import Shapes, only, released_shapes, stand_in_checkpoint
@@ -152,14 +152,9 @@ def detection_differences(released: Released) -> Iterator[DetectionDifferences]:
 def step_differences(released: Released) -> tuple[dict[str, float], dict[str, float]]:
     """Of one training step's losses and pseudo masks' confidences, and of its gradients' norms."""
     numbers = released.numbers
-    model = BoxTeacher(
-        released.student,
-        warmup_steps=1,
-        quality_at="image",
-        teacher_size=(128, 160),
-        augmentation=nn.Identity(),
-    )
-    model.teacher.load_state_dict(released.teacher.state_dict())
+    teacher = EMATeacher(released.student, quality_at="image", image_size=(128, 160))
+    model = BoxTeacher(released.student, teacher=teacher, warmup_steps=1, augmentation=nn.Identity())
+    teacher.model.load_state_dict(released.teacher.state_dict())
     for module in model.student.modules():
         if isinstance(module, StochasticDepth):  # Swin's; the original's numbers are without it
             module.p = 0.0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from boxteacher import Candidates, MaskPredictions, StudentOutput
-from boxteacher.geometry import pad_images
+from boxteacher.grid import pad_images
 
 DATA = Path(__file__).parent / "data"
 
@@ -73,23 +73,23 @@ class ScriptedSegmenter(nn.Module):
     """A small network that follows `PseudoMaskProvider`; each grid cell depends on its own pixels alone.
 
     What it was called with is kept in `teacher_calls` (training mode, gradients enabled), `decoded`,
-    `drawn_for` (boxes, labels) and `student_images`.
+    `decoded_for` (boxes, labels) and `student_images`.
     """
 
     mask_stride = 4
     size_divisor = 16
 
-    def __init__(self, plan: Script | None = None, *, samples: int = 1, rounds: int = 1) -> None:
+    def __init__(self, plan: Script | None = None, *, samples: int = 1, layers: int = 1) -> None:
         super().__init__()
         self.cells = nn.Conv2d(3, 8, 4, stride=4)
         self.norm = nn.BatchNorm2d(8)
         self.logit = nn.Conv2d(8, 1, 1)
         self.plan = script() if plan is None else plan
         self.samples = samples
-        self.rounds = rounds
+        self.layers = layers
         self.teacher_calls: list[tuple[bool, bool]] = []
         self.decoded: list[Tensor] = []
-        self.drawn_for: list[tuple[Tensor, Tensor]] = []
+        self.decoded_for: list[tuple[Tensor, Tensor]] = []
         self.student_images: list[list[Tensor]] = []
 
     def maps(self, images: Sequence[Tensor]) -> Tensor:
@@ -115,7 +115,7 @@ class ScriptedSegmenter(nn.Module):
 
         def decode_masks(index: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
             self.decoded.append(index)
-            self.drawn_for.append((boxes, labels))
+            self.decoded_for.append((boxes, labels))
             if plan.logits is None:
                 return maps[plan.image_index[index]]
             return plan.logits[index].expand(-1, *maps.shape[1:])
@@ -129,5 +129,5 @@ class ScriptedSegmenter(nn.Module):
         counts = torch.tensor([len(each["boxes"]) for each in targets])
         image_index = torch.repeat_interleave(torch.arange(len(images)), counts)
         index = torch.arange(len(image_index)).repeat(self.samples)
-        masks = [MaskPredictions(maps[image_index[index]] + k, index) for k in range(self.rounds)]
+        masks = [MaskPredictions(maps[image_index[index]] + k, index) for k in range(self.layers)]
         return StudentOutput({"loss_class": maps.square().mean()}, masks)

@@ -1,11 +1,12 @@
 """A segmenter whose candidates are scripted, under a teacher, and a batch for it."""
 
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from boxteacher import BoxTeacher
+from boxteacher import BoxTeacher, EMATeacher
 from tests.support import (
     Script,
     ScriptedSegmenter,
@@ -19,10 +20,18 @@ BOX_LOSSES = {"loss_class", "loss_projection", "loss_pairwise"}
 TEACHER_LOSSES = BOX_LOSSES | {"loss_pixel", "loss_affinity"}
 
 
-def teacher_of(plan: Script | None = None, samples: int = 1, rounds: int = 1, **settings: Any) -> BoxTeacher:
+def teacher_of(plan: Script | None = None, samples: int = 1, layers: int = 1, **settings: Any) -> BoxTeacher:
+    """Settings are those of `EMATeacher` and of `BoxTeacher`."""
     torch.manual_seed(0)
-    settings = {"augmentation": nn.Identity(), "warmup_steps": 0, **settings}
-    return BoxTeacher(ScriptedSegmenter(plan, samples=samples, rounds=rounds), **settings).train()
+    segmenter = ScriptedSegmenter(plan, samples=samples, layers=layers)
+    return box_teacher(segmenter, **{"augmentation": nn.Identity(), "warmup_steps": 0, **settings}).train()
+
+
+def box_teacher(segmenter: nn.Module, **settings: Any) -> BoxTeacher:
+    """A `BoxTeacher` with the settings of an `EMATeacher` and its own."""
+    names = signature(EMATeacher.__init__).parameters.keys() & settings.keys()
+    teacher = EMATeacher(segmenter, **{name: settings.pop(name) for name in names})
+    return BoxTeacher(segmenter, teacher=teacher, **settings)
 
 
 def numbers(losses: dict[str, Tensor]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from torch import nn
 
 import boxteacher.adaptation
 from boxteacher import BoxSupervised, BoxTeacher, ProtocolError
-from boxteacher.adaptation import adapted
+from boxteacher.adaptation import as_provider
 from tests.support import ScriptedSegmenter, seeded_images, target
 
 
@@ -45,23 +45,23 @@ def register(monkeypatch: pytest.MonkeyPatch, **adapters: str) -> None:
 def test_the_adapter_of_a_type_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, Foreign="Adapter")
     model = Foreign()
-    provider = adapted(model)
+    provider = as_provider(model)
     assert type(provider) is Adapter
     assert provider.model is model
 
 
 def test_the_nearest_base_class_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, Foreign="Adapter")
-    assert type(adapted(Descendant())) is Adapter
+    assert type(as_provider(Descendant())) is Adapter
     register(monkeypatch, Foreign="Adapter", Descendant="OtherAdapter")
-    assert type(adapted(Descendant())) is OtherAdapter
-    assert type(adapted(Foreign())) is Adapter
+    assert type(as_provider(Descendant())) is OtherAdapter
+    assert type(as_provider(Foreign())) is Adapter
 
 
 def test_a_model_that_follows_the_protocol_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, Adapter="OtherAdapter")
     model = Adapter(Foreign())
-    assert adapted(model) is model
+    assert as_provider(model) is model
     assert BoxTeacher(model).student is model
 
 
@@ -72,15 +72,15 @@ def test_without_an_adapter_the_message_says_what_is_missing() -> None:
         BoxTeacher(Foreign())
 
 
-def test_an_adapted_model_is_taught_and_exported_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_with_an_adapter_is_taught_and_unwrapped_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, Foreign="Adapter")
     given = Foreign()
     for supervision in (BoxTeacher, BoxSupervised):
         model = supervision(given)
         losses = model(seeded_images((32, 48)), [target((4, 4, 28, 28))])
         assert all(torch.isfinite(loss) for loss in losses.values())
-        exported = model.export()
-        assert type(exported) is Foreign
-        assert exported is not given
-        for key, value in exported.state_dict().items():
+        unwrapped = model.unwrap()
+        assert type(unwrapped) is Foreign
+        assert unwrapped is not given
+        for key, value in unwrapped.state_dict().items():
             assert torch.equal(value, given.state_dict()[key])

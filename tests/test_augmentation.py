@@ -73,7 +73,7 @@ def test_augmentation_keeps_sizes_and_range_and_leaves_its_input_alone():
     assert all(torch.equal(a, b) for a, b in zip(images, before, strict=True))
 
 
-def test_augmentation_is_drawn_for_each_image_and_repeats_under_a_seed():
+def test_augmentation_is_decoded_for_each_image_and_repeats_under_a_seed():
     image = seeded_images((24, 24))[0]
     augment = StrongAugmentation()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from boxteacher.errors import InputError
+from boxteacher.grid import mask_grid
 from boxteacher.targets import grid_targets
 from boxteacher_adapters import mask2former_matching as matching
 from tests.mask2former_support import with_masks
@@ -23,7 +24,7 @@ def two_images(masks: bool = False) -> tuple[matching.MatchingTargets, list[Tens
         each["labels"] = torch.arange(len(each["boxes"]))
     if masks:
         targets = with_masks(targets, images)
-    grid = grid_targets(images, targets, 4, 32)
+    grid = grid_targets(images, targets, mask_grid(images, 4, 32))
     return matching.matching_targets(grid, [2, 1], 4, masks), [grid.box_masks[:2], grid.box_masks[2:]]
 
 
@@ -78,7 +79,7 @@ def test_targets_without_a_drawn_mask_are_matched_by_their_box():
     torch.manual_seed(0)
     classes, logits = torch.randn(1, 5, 4), torch.randn(1, 5, 16, 16)
     for each, masks in ((drawn, True), (boxes, False), ({**drawn, "has_mask": torch.ones(2).bool()}, True)):
-        grid = grid_targets(images, [each], 4, 32)
+        grid = grid_targets(images, [each], mask_grid(images, 4, 32))
         wanted = matching.matching_targets(grid, [2], 4, masks)
         costs.append(matching.matching_cost(classes, logits, wanted)[0])
     mixed, box, mask = costs

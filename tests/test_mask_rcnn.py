@@ -79,7 +79,7 @@ def test_a_model_as_torchvision_builds_it_is_taught_and_comes_back() -> None:
     losses = model(IMAGES, TARGETS)
     assert {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"} <= losses.keys()
     assert all(torch.isfinite(loss) for loss in losses.values())
-    exported = model.export()
+    exported = model.unwrap()
     assert type(exported) is type(given)
     for key, value in exported.state_dict().items():
         assert torch.equal(value, before[key])

@@ -1,4 +1,4 @@
-"""A training step waits for the device only where the number of something must be known."""
+"""A training step synchronizes with the device only where the number of something must be known."""
 
 import warnings
 
@@ -10,12 +10,13 @@ from boxteacher import BoxTeacher, Candidates, MaskPredictions, StudentOutput
 from boxteacher.assignment import assign_greedily, match_quality
 from tests.simulated_device import DeviceTensor, SimulatedDevice
 from tests.support import seeded_images, target
+from tests.teaching_support import box_teacher
 
 BOXES = ((4, 4, 40, 40), (20, 8, 60, 30), (0, 30, 30, 62))
 
 
 class OnDevice(nn.Module):
-    """A segmenter that waits for nothing: it gives the tensors that it was made with."""
+    """A segmenter that never synchronizes: it gives the tensors that it was made with."""
 
     mask_stride = 4
     size_divisor = 16
@@ -48,24 +49,24 @@ def step(to_device, **settings) -> tuple[BoxTeacher, list[Tensor], list[dict[str
     }
     logits = to_device(torch.randn(6, 16, 16, generator=generator)).requires_grad_()
     index = to_device(torch.tensor([0, 1, 2, 3, 4, 4]))
-    model = BoxTeacher(
+    model = box_teacher(
         OnDevice({name: to_device(value) for name, value in candidates.items()}, logits, index), **settings
     )
     images = [to_device(image) for image in seeded_images((64, 64), (50, 61))]
-    drawn = torch.rand(2, 50, 61, generator=generator) < 0.5
-    targets = [target(*BOXES), target(*BOXES[:2], masks=drawn, has_mask=torch.tensor([True, False]))]
+    masks = torch.rand(2, 50, 61, generator=generator) < 0.5
+    targets = [target(*BOXES), target(*BOXES[:2], masks=masks, has_mask=torch.tensor([True, False]))]
     targets = [{name: to_device(value) for name, value in each.items()} for each in targets]
     return model.train(), images, targets, logits
 
 
-@pytest.mark.parametrize("settings", [{}, {"quality_at": "image"}, {"teacher_size": (50, 64)}])
-def test_a_step_waits_for_the_candidates_to_draw_and_for_the_boxes_sizes_alone(settings):
+@pytest.mark.parametrize("settings", [{}, {"quality_at": "image"}, {"image_size": (50, 64)}])
+def test_a_step_synchronizes_for_the_masks_to_decode_and_for_the_boxes_sizes_alone(settings):
     with SimulatedDevice() as device:
         model, images, targets, logits = step(DeviceTensor, **settings)
         torch.manual_seed(1)
         losses = model(images, targets)
         sum(losses.values()).backward()
-    assert device.waits == {("teacher.py", "nonzero"): 1, ("canvas.py", "_to_copy"): 1}
+    assert device.waits == {("pseudo_masks.py", "nonzero"): 1, ("packing.py", "_to_copy"): 1}
     # The simulation computes what the CPU does, so the step it watched was a whole one.
     model, images, targets, expected = step(torch.clone, **settings)
     torch.manual_seed(1)

@@ -11,28 +11,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from boxteacher.grid import NEIGHBOR_DILATION, neighbor_offsets
 from boxteacher.losses import (
     BoxRegions,
-    canvas,
     color_relation,
+    packing,
     pair_sums,
 )
 from boxteacher.losses.pairs import pair_term
-from boxteacher.neighbours import neighbour_offsets
 from tests.loss_support import Scene, random_scene
 
 
-def neighbours(grid: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """All neighbours (M, 8, h, w) of each cell of (M, h, w), by `unfold`."""
+def neighbors(grid: Tensor) -> Tensor:
+    """All neighbors (M, 8, h, w) of each cell of (M, h, w), by `unfold`."""
     masks, height, width = grid.shape
-    padding = dilation * (kernel_size // 2)
-    columns = F.unfold(grid[:, None], kernel_size, dilation=dilation, padding=padding)
+    columns = F.unfold(grid[:, None], 3, dilation=NEIGHBOR_DILATION, padding=NEIGHBOR_DILATION)
     columns = columns.view(masks, -1, height, width)
-    middle = kernel_size**2 // 2
-    return torch.cat([columns[:, :middle], columns[:, middle + 1 :]], 1)
+    return torch.cat([columns[:, :4], columns[:, 5:]], 1)
 
 
-def naive_pair_sums(scene: Scene, kernel_size: int, dilation: int) -> tuple[Tensor, Tensor]:
+def naive_pair_sums(scene: Scene) -> tuple[Tensor, Tensor]:
     """Both relations over every cell of the grid, in all directions, with probabilities, not logits."""
     height, width = scene.logits.shape[1:]
     row, column = torch.arange(height)[:, None], torch.arange(width)
@@ -41,12 +39,12 @@ def naive_pair_sums(scene: Scene, kernel_size: int, dilation: int) -> tuple[Tens
     alike = scene.similarity[scene.image_index] >= 0.5  # (M, 8, h, w)
     masks = scene.pseudo_masks.double()
     smooth = (masks + F.avg_pool2d(masks[:, None], 3, stride=1, padding=1)[:, 0]) / 2  # (M, h, w)
-    other = neighbours(smooth, kernel_size, dilation)  # (M, 8, h, w)
+    other = neighbors(smooth)  # (M, 8, h, w)
     affinity = smooth[:, None] * other + (1 - smooth[:, None]) * (1 - other)
-    valid = neighbours(scene.valid[scene.image_index].double(), kernel_size, dilation) > 0
+    valid = neighbors(scene.valid[scene.image_index].double()) > 0
     weights = torch.stack([alike, valid & (affinity >= 0.5)]) & in_box[:, None]  # (2, M, 8, h, w)
     p = scene.logits.sigmoid()
-    q = neighbours(p, kernel_size, dilation)
+    q = neighbors(p)
     term = -(p[:, None] * q + (1 - p)[:, None] * (1 - q)).clamp(min=1e-300).log()
     return (term * weights).sum((2, 3, 4)), weights.sum((2, 3, 4))
 
@@ -56,21 +54,18 @@ def naive_pair_sums(scene: Scene, kernel_size: int, dilation: int) -> tuple[Tens
     masks=st.integers(1, 4),
     height=st.integers(1, 12),
     width=st.integers(1, 12),
-    kernel_size=st.sampled_from([3, 5]),
-    dilation=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
-@example(masks=2, height=1, width=1, kernel_size=5, dilation=3, seed=0)
-@example(masks=2, height=2, width=7, kernel_size=3, dilation=2, seed=0)
-@example(masks=3, height=12, width=12, kernel_size=9, dilation=1, seed=0)
-@example(masks=40, height=20, width=30, kernel_size=3, dilation=2, seed=0)
-def test_pair_sums_are_those_of_a_naive_version(masks, height, width, kernel_size, dilation, seed):
-    scene = random_scene(masks, height, width, kernel_size, dilation, seed, torch.float64)
+@example(masks=2, height=1, width=1, seed=0)
+@example(masks=2, height=2, width=7, seed=0)
+@example(masks=40, height=20, width=30, seed=0)
+def test_pair_sums_are_those_of_a_naive_version(masks, height, width, seed):
+    scene = random_scene(masks, height, width, seed, torch.float64)
     scene.logits.requires_grad_()
     factors = torch.rand(2, masks, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
-    sums, counts = scene.pair_sums(kernel_size, dilation)
-    naive_sums, naive_counts = naive_pair_sums(scene, kernel_size, dilation)
+    sums, counts = scene.pair_sums()
+    naive_sums, naive_counts = naive_pair_sums(scene)
     assert_close(sums, naive_sums)
     assert torch.equal(counts.long(), naive_counts)
 
@@ -80,30 +75,30 @@ def test_pair_sums_are_those_of_a_naive_version(masks, height, width, kernel_siz
 
 
 def test_pair_sums_do_not_depend_on_how_boxes_are_packed(monkeypatch):
-    """Many small canvases, or few large ones with boxes of any width: the same values."""
+    """Many small packings, or few large ones with boxes of any width: the same values."""
     scene = random_scene(30, 24, 40)
     expected = scene.pair_sums()
     for cells, ratio in ((1, 1.01), (2**30, 1e6)):
-        monkeypatch.setattr(canvas, "_CELLS_AT_ONCE_ON_CPU", cells)
-        monkeypatch.setattr(canvas, "_WIDTH_RATIO", ratio)
+        monkeypatch.setattr(packing, "_MAX_CELLS_ON_CPU", cells)
+        monkeypatch.setattr(packing, "_WIDTH_RATIO", ratio)
         sums, counts = scene.pair_sums()
         assert_close(sums, expected[0])
         assert torch.equal(counts, expected[1])
 
 
 def test_the_work_grows_with_the_boxes_and_not_with_the_grid():
-    """A box's sheet holds the box with its border and, at most, what its width class adds."""
+    """A box's part of a packing holds the box with its border and, at most, what its width class adds."""
     generator = torch.Generator().manual_seed(0)
     first = torch.randint(0, 180, (100, 2), generator=generator)
     extents = torch.cat([first, first + torch.randint(2, 100, (100, 2), generator=generator)], 1)
     border = 3
     with_border = (extents[:, 2:] - extents[:, :2] + 2 * border).prod(1).sum()
     cells = [
-        sum(sheet.inside.numel() for sheet in canvas.box_canvases(extents, grid, border))
+        sum(packed.inside.numel() for packed in packing.pack_boxes(extents, grid, border))
         for grid in ((300, 300), (3000, 5000))
     ]
     assert cells[0] == cells[1]
-    assert with_border <= cells[0] <= canvas._WIDTH_RATIO * with_border
+    assert with_border <= cells[0] <= packing._WIDTH_RATIO * with_border
 
 
 def test_masks_in_another_order_have_the_same_sums():
@@ -120,13 +115,12 @@ def test_masks_in_another_order_have_the_same_sums():
         assert_close(ours, theirs[:, order])
 
 
-@pytest.mark.parametrize(("kernel_size", "dilation"), [(3, 1), (3, 2), (5, 1)])
-def test_gradients_of_pair_sums_are_those_of_finite_differences(kernel_size, dilation):
-    scene = random_scene(2, 5, 6, kernel_size, dilation, dtype=torch.float64)
+def test_gradients_of_pair_sums_are_those_of_finite_differences():
+    scene = random_scene(2, 5, 6, dtype=torch.float64)
     scene = replace(scene, extents=torch.tensor([[0, 1, 4, 6], [1, 0, 5, 3]]))
 
     def sums_of(logits: Tensor) -> Tensor:
-        return replace(scene, logits=logits).pair_sums(kernel_size, dilation)[0]
+        return replace(scene, logits=logits).pair_sums()[0]
 
     assert torch.autograd.gradcheck(sums_of, (scene.logits.requires_grad_(),))
 
@@ -174,16 +168,16 @@ def test_pairs_count_alike_in_a_mirror(dimension):
     assert_close(mirrored_sums, sums)
 
 
-def test_a_colour_pair_needs_its_centre_in_the_box_and_its_image_s_colours():
-    similarity = torch.zeros(2, 8, 4, 4)
-    offsets = neighbour_offsets(3, 1)
-    similarity[1, offsets.index((0, 1))] = 0.3  # as much as the threshold asks for, in image 1 only
+def test_a_color_pair_needs_its_center_in_the_box_and_its_image_s_colors():
+    similarity = torch.zeros(2, 8, 4, 7)
+    right = neighbor_offsets().index((0, NEIGHBOR_DILATION))
+    similarity[1, right] = 0.3  # the threshold, in image 1 only
     image_index = torch.tensor([0, 1])
     regions = BoxRegions(
-        extents=torch.tensor([[1, 1, 2, 2]]).expand(2, -1),
+        extents=torch.tensor([[1, 3, 2, 4]]).expand(2, -1),
         image_index=image_index,
-        valid=torch.ones(2, 4, 4, dtype=torch.bool),
+        valid=torch.ones(2, 4, 7, dtype=torch.bool),
     )
-    relation = color_relation(similarity, image_index, 0.3, 3, 1)
-    _, counts = pair_sums(torch.zeros(2, 4, 4), regions, [relation], 3, 1)
-    assert counts.tolist() == [[0, 2]]  # the cell with its right neighbour, and with its left one
+    relation = color_relation(similarity, image_index, 0.3)
+    _, counts = pair_sums(torch.zeros(2, 4, 7), regions, [relation])
+    assert counts.tolist() == [[0, 2]]  # the cell with its right neighbor, and with its left one

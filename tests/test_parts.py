@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from boxteacher.resampling import upsample_aligned
+from boxteacher.grid import upsample_aligned
 from boxteacher_adapters.parts.extent import mask_extent
 from boxteacher_adapters.parts.grouping import rank_in_group, share_evenly
 from tests.support import filled

@@ -1,4 +1,4 @@
-"""What the teacher proposes: which candidate wins a box, what it draws there, and how far it is trusted."""
+"""Pseudo masks: the candidate of each box, the mask that is decoded for it, and its confidence."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from boxteacher import BoxTeacher
+from boxteacher.grid import mask_grid
 from boxteacher.targets import box_masks, grid_targets
 from tests.support import (
     Script,
@@ -20,12 +20,13 @@ from tests.teaching_support import (
     IMAGES,
     PLAN,
     TARGETS,
+    box_teacher,
     plateau,
     teacher_of,
 )
 
 
-def test_a_candidate_whose_first_wish_is_taken_gets_its_second():
+def test_a_candidate_whose_best_box_is_taken_gets_its_second_best():
     """Two boxes alike, and two candidates that both prefer the first."""
     plan = script(
         (0, (4, 4, 30, 30), 0.9),
@@ -43,7 +44,7 @@ def test_pseudo_masks_are_the_winners_cut_to_their_boxes():
     model = teacher_of(PLAN)
     model(IMAGES, TARGETS)
     pseudo = model.last_pseudo_masks
-    boxes = grid_targets(IMAGES, TARGETS, 4, 16).box_masks
+    boxes = grid_targets(IMAGES, TARGETS, mask_grid(IMAGES, 4, 16)).box_masks
     for n in range(3):
         assert torch.equal(pseudo.masks[n], (PLAN.logits[n] > 0) & boxes[n])
         assert pseudo.masks[n].any()
@@ -70,7 +71,7 @@ def test_confidence_by_the_paper_s_formula():
 
 
 def test_the_quality_of_a_mask_does_not_see_the_padding_of_its_image():
-    """Image 1 is smaller than the canvas: what the network draws beyond it does not count."""
+    """Image 1 is smaller than the padded batch: the mask's cells beyond it do not count."""
     logits = plateau((0, 0, 16, 12))
     logits[0, :, 13:] = 9.0  # columns from pixel 54, beyond the 50 of the image
     plan = script((1, (10, 10, 40, 36), 0.81), logits=logits)
@@ -91,7 +92,7 @@ def test_masks_are_decoded_once_and_only_for_candidates_that_can_win():
     )
     model = teacher_of(plan)
     model(IMAGES, TARGETS)
-    (decoded,) = model.teacher.decoded
+    (decoded,) = model.teacher.model.decoded
     assert decoded.tolist() == [0, 3]
 
 
@@ -100,16 +101,16 @@ def test_masks_are_decoded_for_the_box_that_a_candidate_overlaps_most(scale):
     candidates = [(0, (4, 4, 30, 30), 0.9), (0, (20, 4, 46, 30), 0.8), (0, (5, 4, 30, 30), 0.7)]
     plan = script(*((i, [scale * v for v in box], score) for i, box, score in candidates), level=1.0)
     size = None if scale == 1 else (64, 96)
-    model = BoxTeacher(ScriptedSegmenter(plan), teacher_size=size).train()
+    model = box_teacher(ScriptedSegmenter(plan), image_size=size).train()
     boxes, labels = torch.tensor([(20.0, 4.0, 46.0, 31.0), (4.0, 4.0, 30.0, 31.0)]), torch.tensor([3, 5])
     model([IMAGE], [{"boxes": boxes, "labels": labels}])
-    ((drawn, names),) = model.teacher.drawn_for
-    assert_close(drawn, scale * boxes[[1, 0, 1]])
+    ((decoded_boxes, names),) = model.teacher.model.decoded_for
+    assert_close(decoded_boxes, scale * boxes[[1, 0, 1]])
     assert names.tolist() == [5, 3, 5]
 
 
 class BoxAligned(ScriptedSegmenter):
-    """Its masks fill the box that they are drawn for."""
+    """Its masks fill the box that they are decoded for."""
 
     def forward_teacher(self, images):
         found = super().forward_teacher(images)
@@ -119,9 +120,9 @@ class BoxAligned(ScriptedSegmenter):
         )
 
 
-def test_a_candidate_that_gets_its_second_wish_draws_in_that_box():
+def test_a_candidate_that_gets_its_second_best_box_has_its_mask_there():
     plan = script((0, (4, 4, 30, 30), 0.9), (0, (5, 4, 31, 30), 0.8))
-    model = BoxTeacher(BoxAligned(plan)).train()
+    model = box_teacher(BoxAligned(plan)).train()
     model([IMAGE], [target((4, 4, 30, 30), (10, 4, 36, 30))])
     pseudo = model.last_pseudo_masks
     assert (pseudo.confidence > 0.8).all()
@@ -146,25 +147,25 @@ def test_the_score_threshold_is_exclusive():
     assert (model.last_pseudo_masks.confidence > 0).tolist() == [False, False, True]
 
 
-def test_a_drawn_mask_is_used_as_it_is_and_trusted_fully():
-    drawn = torch.rand(2, 48, 64) < 0.5
-    targets = [{**TARGETS[0], "masks": drawn}, TARGETS[1]]
+def test_an_annotated_mask_is_used_as_it_is_with_confidence_1():
+    annotated = torch.rand(2, 48, 64) < 0.5
+    targets = [{**TARGETS[0], "masks": annotated}, TARGETS[1]]
     model = teacher_of(PLAN)
     model(IMAGES, targets)
     pseudo = model.last_pseudo_masks
-    assert torch.equal(pseudo.masks[:2], drawn[:, 2::4, 2::4])
+    assert torch.equal(pseudo.masks[:2], annotated[:, 2::4, 2::4])
     assert pseudo.confidence[:2].tolist() == [1, 1]
     assert 0 < pseudo.confidence[2] < 1
 
 
 def test_only_targets_said_to_have_a_mask_use_it():
-    drawn = torch.rand(2, 48, 64) < 0.5
-    targets = [{**TARGETS[0], "masks": drawn, "has_mask": torch.tensor([False, True])}, TARGETS[1]]
+    annotated = torch.rand(2, 48, 64) < 0.5
+    targets = [{**TARGETS[0], "masks": annotated, "has_mask": torch.tensor([False, True])}, TARGETS[1]]
     model, plain = teacher_of(PLAN), teacher_of(PLAN)
     model(IMAGES, targets)
     plain(IMAGES, TARGETS)
     ours, theirs = model.last_pseudo_masks, plain.last_pseudo_masks
-    assert torch.equal(ours.masks[1], drawn[1, 2::4, 2::4])
+    assert torch.equal(ours.masks[1], annotated[1, 2::4, 2::4])
     assert ours.confidence[1] == 1
     for n in (0, 2):
         assert torch.equal(ours.masks[n], theirs.masks[n])

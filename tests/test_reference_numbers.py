@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from boxteacher import BoxTeacher
 from boxteacher.assignment import assign_greedily, match_quality
 from boxteacher.ema import ema_momentum
+from boxteacher.grid import NEIGHBOR_DILATION, mask_grid, neighbor_offsets, shifted
 from boxteacher.losses import (
     BoxRegions,
     affinity_relation,
@@ -19,13 +19,13 @@ from boxteacher.losses import (
     projection_loss,
 )
 from boxteacher.losses.pairs import pair_term
-from boxteacher.losses.pairwise import mask_affinity
-from boxteacher.neighbours import neighbour_offsets, shifted
-from boxteacher.scoring import mask_confidence, mask_quality, ranking_score, smooth_masks
+from boxteacher.losses.pairwise import mask_affinity, smooth_masks
+from boxteacher.scoring import mask_confidence, mask_quality, ranking_score
 from boxteacher.targets import GridTargets, color_similarity, grid_targets
 from tests.support import Script, ScriptedSegmenter, assert_relative, reference
+from tests.teaching_support import box_teacher
 
-OFFSETS = neighbour_offsets(3, 2)
+OFFSETS = neighbor_offsets()
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def image_grid() -> tuple[list[torch.Tensor], GridTargets]:
     array = reference("box_targets")
     images = [array("image_rgb").float() / 255]
     target = {"boxes": array("boxes"), "labels": torch.zeros(4, dtype=torch.int64), "ignored_bottom_rows": 10}
-    return images, grid_targets(images, [target], int(array("stride")), 32)
+    return images, grid_targets(images, [target], mask_grid(images, int(array("stride")), 32))
 
 
 def test_box_masks_are_the_reference(image_grid):
@@ -48,9 +48,9 @@ def test_valid_cells_are_the_reference(image_grid):
 
 def test_color_similarity_is_the_reference(image_grid):
     array = reference("box_targets")
-    images, grid = image_grid
-    kernel_size, dilation = int(array("kernel_size")), int(array("dilation"))
-    similarity = color_similarity(images, grid.valid, int(array("stride")), 32, kernel_size, dilation)
+    images, targets = image_grid
+    assert (int(array("kernel_size")), int(array("dilation"))) == (3, NEIGHBOR_DILATION)
+    similarity = color_similarity(images, targets.valid, mask_grid(images, int(array("stride")), 32))
     expected = array("color_similarity")
     assert torch.equal(similarity == 0, expected == 0)
     assert_close(similarity, expected, rtol=1e-4, atol=1e-7)
@@ -84,9 +84,7 @@ def test_each_pair_of_the_kernel_is_the_reference_term():
         valid=torch.ones_like(logits[:1], dtype=torch.bool),
     )
     for k, only in enumerate(OFFSETS[4:], start=4):
-        sums, _ = pair_sums(
-            logits, everywhere, [lambda _, only=only: lambda o: torch.tensor(o == only)], 3, 2
-        )
+        sums, _ = pair_sums(logits, everywhere, [lambda _, only=only: lambda o: torch.tensor(o == only)])
         assert_relative(sums[0], (terms[:, k] + terms[:, 7 - k]).sum((1, 2)))
 
 
@@ -107,9 +105,9 @@ def test_color_pairwise_loss_and_gradient_are_the_reference():
     array = reference("boxinst_losses")
     logits, index = array("mask_logits").requires_grad_(), array("target_index")
     relation = color_relation(
-        array("color_similarity"), torch.zeros_like(index), float(array("color_threshold")), 3, 2
+        array("color_similarity"), torch.zeros_like(index), float(array("color_threshold"))
     )
-    sums, counts = pair_sums(logits, inst_regions(index), [relation], 3, 2)
+    sums, counts = pair_sums(logits, inst_regions(index), [relation])
     loss = color_pairwise_loss(sums[0], counts[0])
     assert_relative(loss, array("pairwise_loss"))
     (gradient,) = torch.autograd.grad(loss, logits)
@@ -142,7 +140,7 @@ def test_affinity_loss_and_gradient_are_the_reference():
     array = reference("pseudo_mask_losses")
     logits, index = array("mask_logits").requires_grad_(), array("target_index")
     relation = affinity_relation(array("pseudo_masks"), index, float(array("affinity_threshold")))
-    sums, counts = pair_sums(logits, inst_regions(index), [relation], 3, 2)
+    sums, counts = pair_sums(logits, inst_regions(index), [relation])
     loss = noise_reduced_affinity_loss(sums[0], counts[0], array("confidence")[index])
     assert_relative(loss, array("affinity_loss"))
     (gradient,) = torch.autograd.grad(loss, logits)
@@ -153,10 +151,10 @@ def test_both_pair_losses_in_one_pass_give_the_gradients_of_each():
     inst, pseudo = reference("boxinst_losses"), reference("pseudo_mask_losses")
     logits, index = inst("mask_logits").requires_grad_(), inst("target_index")
     relations = [
-        color_relation(inst("color_similarity"), torch.zeros_like(index), 0.3, 3, 2),
+        color_relation(inst("color_similarity"), torch.zeros_like(index), 0.3),
         affinity_relation(pseudo("pseudo_masks"), index, 0.5),
     ]
-    sums, counts = pair_sums(logits, inst_regions(index), relations, 3, 2)
+    sums, counts = pair_sums(logits, inst_regions(index), relations)
     color = color_pairwise_loss(sums[0], counts[0])
     affinity = noise_reduced_affinity_loss(sums[1], counts[1], pseudo("confidence")[index])
     (gradient,) = torch.autograd.grad(color + affinity, logits)
@@ -198,7 +196,8 @@ def test_a_training_step_gives_each_box_the_confidence_and_mask_of_the_reference
         torch.zeros(len(boxes), dtype=torch.int64),
         probabilities.logit(),
     )
-    model = BoxTeacher(ScriptedSegmenter(plan), iou_threshold=float(arrays("iou_threshold"))).train()
+    iou_threshold = float(arrays("iou_threshold"))
+    model = box_teacher(ScriptedSegmenter(plan), iou_threshold=iou_threshold).train()
     target = {"boxes": gt_boxes, "labels": torch.zeros(len(gt_boxes), dtype=torch.int64)}
     image = torch.rand(3, 128, 160)
     model([image], [target])

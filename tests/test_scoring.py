@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from boxteacher.scoring import mask_confidence, mask_quality, ranking_score, smooth_masks
+from boxteacher.losses.pairwise import smooth_masks
+from boxteacher.scoring import mask_confidence, mask_quality, ranking_score
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from boxteacher import BoxSupervised, BoxTeacher, InputError, MaskSupervised, PseudoMaskProvider
-from boxteacher.geometry import grid_coordinates
+from boxteacher.grid import grid_coordinates
 from boxteacher.targets import box_masks
 from boxteacher_adapters.parts.backbones import build_backbone
 from boxteacher_adapters.parts.coordinates import append_coordinates, centers_to_grid

@@ -1,4 +1,4 @@
-"""What evaluation, export and a checkpoint see, and the two supervisions without a teacher."""
+"""What evaluation, `unwrap` and a checkpoint see, and the two supervisions without a teacher."""
 
 import copy
 
@@ -31,15 +31,15 @@ def test_evaluation_is_the_teacher_s_unless_the_student_is_asked_for():
     by_teacher = model(IMAGES)
     model.inference = "student"
     by_student = model(IMAGES)
-    for network, detections in ((model.teacher, by_teacher), (model.student, by_student)):
+    for network, detections in ((model.teacher.model, by_teacher), (model.student, by_student)):
         for ours, theirs in zip(detections, network(IMAGES), strict=True):
             assert torch.equal(ours["masks"], theirs["masks"])
     assert not torch.equal(by_teacher[0]["masks"], by_student[0]["masks"])
 
 
-def test_an_export_is_a_plain_copy_that_stands_alone():
+def test_an_unwrapped_segmenter_is_a_plain_copy():
     model = teacher_of(PLAN)
-    plain = model.export()
+    plain = model.unwrap()
     assert type(plain) is ScriptedSegmenter
     assert not plain.training
     assert all(parameter.requires_grad for parameter in plain.parameters())
@@ -50,18 +50,20 @@ def test_an_export_is_a_plain_copy_that_stands_alone():
     assert all(torch.equal(value, before[name]) for name, value in model.teacher.state_dict().items())
 
 
-def test_an_export_is_what_evaluation_uses():
+def test_unwrap_gives_what_evaluation_uses():
     model = teacher_of(PLAN, inference="student")
     with torch.no_grad():
         model.student.cells.weight.mul_(3)
-    assert torch.equal(model.export().cells.weight, model.student.cells.weight)
+    assert torch.equal(model.unwrap().cells.weight, model.student.cells.weight)
     model.inference = "teacher"
-    assert torch.equal(model.export().cells.weight, model.teacher.cells.weight)
+    assert torch.equal(model.unwrap().cells.weight, model.teacher.model.cells.weight)
 
 
 def test_a_copy_of_the_state_gives_the_same_losses():
     model = teacher_of(warmup_steps=10)
-    model.teacher.plan = model.student.plan = script((0, (4, 4, 30, 30), 0.9), (1, (10, 10, 40, 36), 0.8))
+    model.teacher.model.plan = model.student.plan = script(
+        (0, (4, 4, 30, 30), 0.9), (1, (10, 10, 40, 36), 0.8)
+    )
     optimizer = torch.optim.SGD(model.student.parameters(), lr=0.01)
     for _ in range(3):
         optimizer.zero_grad()
@@ -85,23 +87,23 @@ def test_box_supervision_is_the_teacher_s_box_part():
 def test_box_supervision_never_looks_at_masks():
     torch.manual_seed(0)
     model = BoxSupervised(ScriptedSegmenter(), warmup_steps=0).train()
-    drawn = [
+    with_masks = [
         {**t, "masks": torch.ones(len(t["boxes"]), *i.shape[1:])}
         for i, t in zip(IMAGES, TARGETS, strict=True)
     ]
-    assert numbers(model(IMAGES, drawn)) == numbers(model(IMAGES, TARGETS))
+    assert numbers(model(IMAGES, with_masks)) == numbers(model(IMAGES, TARGETS))
 
 
-def test_mask_supervision_is_the_mean_dice_of_the_drawn_masks():
+def test_mask_supervision_is_the_mean_dice_of_the_annotated_masks():
     torch.manual_seed(0)
     model = MaskSupervised(ScriptedSegmenter()).train()
-    drawn = torch.rand(2, 48, 64) < 0.5
-    losses = model(IMAGES, [{**TARGETS[0], "masks": drawn}, TARGETS[1]])
+    annotated = torch.rand(2, 48, 64) < 0.5
+    losses = model(IMAGES, [{**TARGETS[0], "masks": annotated}, TARGETS[1]])
     assert set(losses) == {"loss_class", "loss_mask"}
     with torch.no_grad():
         logits = model.student.maps(IMAGES)[[0, 0]]
     assert_close(
-        losses["loss_mask"].detach(), dice_loss(logits.sigmoid(), drawn[:, 2::4, 2::4].float()).mean()
+        losses["loss_mask"].detach(), dice_loss(logits.sigmoid(), annotated[:, 2::4, 2::4].float()).mean()
     )
 
 
@@ -111,5 +113,5 @@ def test_mask_supervision_without_masks_teaches_no_masks_and_says_so_once(caplog
     for _ in range(2):
         assert model(IMAGES, TARGETS)["loss_mask"] == 0
     assert [record.message.split(":")[0] for record in caplog.records] == [
-        "no target of this batch has 'masks', so no mask is learnt from it"
+        "no target of this batch has 'masks', so no mask is learned from it"
     ]

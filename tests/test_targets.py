@@ -1,4 +1,4 @@
-"""Boxes, colours and drawn masks on the mask grid, against loops over pixels and known colours."""
+"""Boxes, colors and annotated masks on the mask grid, against loops over pixels and known colors."""
 
 import math
 
@@ -8,12 +8,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from boxteacher.geometry import canvas_size, grid_coordinates, pad_images
-from boxteacher.neighbours import neighbour_offsets, pair_slices, shifted
-from boxteacher.targets import box_masks, color_similarity, grid_targets, rgb_to_lab
+from boxteacher.grid import (
+    MaskGrid,
+    grid_coordinates,
+    mask_grid,
+    neighbor_offsets,
+    pad_images,
+    padded_size,
+    pair_slices,
+    shifted,
+)
+from boxteacher.targets import (
+    GridTargets,
+    box_masks,
+    cells_inside,
+    color_similarity,
+    grid_targets,
+    rgb_to_lab,
+)
 from tests.support import seeded_images, target
 
 CPU = torch.device("cpu")
+
+
+def on_grid(images: list[torch.Tensor], targets: list, stride: int, divisor: int) -> GridTargets:
+    return grid_targets(images, targets, mask_grid(images, stride, divisor))
+
+
 coordinate = st.one_of(
     st.floats(0, 60, width=32), st.integers(0, 60).map(float), st.integers(0, 120).map(lambda n: n / 2)
 )
@@ -38,14 +59,15 @@ def test_a_cell_is_in_a_box_if_the_box_touches_its_pixel(corners, stride):
 
 
 @pytest.mark.parametrize(("stride", "divisor"), [(4, 32), (4, 16), (8, 32), (2, 2), (1, 1)])
-def test_the_grid_covers_the_canvas_at_odd_sizes(stride, divisor):
+def test_the_grid_covers_the_padded_batch_at_odd_sizes(stride, divisor):
     images = seeded_images((37, 53), (61, 20))
-    grid = grid_targets(images, [target((1, 1, 30, 30)), target()], stride, divisor)
+    grid = on_grid(images, [target((1, 1, 30, 30)), target()], stride, divisor)
     height, width = math.ceil(61 / divisor) * divisor, math.ceil(53 / divisor) * divisor
-    assert canvas_size(images, divisor) == (height, width)
-    assert grid.inside.shape == (2, height // stride, width // stride)
+    assert padded_size(images, divisor) == (height, width)
+    inside_images = cells_inside(images, mask_grid(images, stride, divisor))
+    assert inside_images.shape == (2, height // stride, width // stride)
     assert grid.box_masks.shape == (1, height // stride, width // stride)
-    for image, inside in zip(images, grid.inside, strict=True):
+    for image, inside in zip(images, inside_images, strict=True):
         for i, row in enumerate(inside.tolist()):
             for j, cell in enumerate(row):
                 y, x = stride * i + stride // 2, stride * j + stride // 2
@@ -77,7 +99,7 @@ def test_padding_keeps_images_in_the_upper_left_corner_and_is_zero_elsewhere():
         ((4 / 255,) * 3, (1.096, 0, 0)),
     ],
 )
-def test_lab_of_well_known_colours(rgb, lab):
+def test_lab_of_well_known_colors(rgb, lab):
     result = rgb_to_lab(torch.tensor(rgb, dtype=torch.float32).view(1, 3, 1, 1)).flatten()
     # The published values have two decimals, and matrices for sRGB differ in the sixth.
     assert_close(result, torch.tensor(lab, dtype=torch.float32), rtol=0, atol=0.02)
@@ -90,16 +112,15 @@ def test_grey_has_no_hue_and_lightness_grows():
     assert max(a.abs().max(), b.abs().max()) < 0.01
 
 
-def test_similarity_is_the_exponential_of_the_colour_distance():
-    image = torch.tensor([10, 60, 110, 160, 210, 250, 30, 90, 200], dtype=torch.float32).view(1, 3, 3) / 255
-    image = torch.cat([image, image.flip(1), image.mT], 0)
-    similarity = color_similarity([image], torch.ones(1, 3, 3).bool(), 1, 1, kernel_size=3, dilation=1)
+def test_similarity_is_the_exponential_of_the_color_distance():
+    image = torch.randint(0, 256, (3, 5, 5), generator=torch.Generator().manual_seed(0)) / 255
+    similarity = color_similarity([image], torch.ones(1, 5, 5).bool(), MaskGrid(1, 5, 5))
     lab = rgb_to_lab(image[None])[0]
-    for k, (down, right) in enumerate(neighbour_offsets(3, 1)):
-        for y in range(3):
-            for x in range(3):
+    for k, (down, right) in enumerate(neighbor_offsets()):
+        for y in range(5):
+            for x in range(5):
                 v, u = y + down, x + right
-                if 0 <= v < 3 and 0 <= u < 3:
+                if 0 <= v < 5 and 0 <= u < 5:
                     expected = math.exp(-0.5 * float((lab[:, y, x] - lab[:, v, u]).norm()))
                 else:
                     expected = 0.0
@@ -107,8 +128,10 @@ def test_similarity_is_the_exponential_of_the_colour_distance():
 
 
 def test_a_plain_image_is_alike_everywhere_up_to_its_edge():
-    similarity = color_similarity([torch.full((3, 32, 32), 0.4)], torch.ones(1, 8, 8).bool(), 4, 32)
-    inside = torch.stack([shifted(torch.ones(8, 8), offset) for offset in neighbour_offsets()])
+    similarity = color_similarity(
+        [torch.full((3, 32, 32), 0.4)], torch.ones(1, 8, 8).bool(), MaskGrid(4, 8, 8)
+    )
+    inside = torch.stack([shifted(torch.ones(8, 8), offset) for offset in neighbor_offsets()])
     assert torch.equal(similarity[0], inside)
 
 
@@ -122,33 +145,33 @@ def test_the_mean_of_a_cell_is_rounded_down_as_by_whole_numbers(to_unit):
     pixels[:, 0, 0::4] = -sums % 16  # now every sum is a multiple of 16
     means = (pixels.unfold(2, 4, 4).sum((1, 3)) // 16) / 255
     valid = torch.ones(1, 1, 1024).bool()
-    similarity = color_similarity([to_unit(pixels)], valid, 4, 4, kernel_size=3, dilation=1)
-    right = neighbour_offsets(3, 1).index((0, 1))
+    similarity = color_similarity([to_unit(pixels)], valid, MaskGrid(4, 1, 1024))
+    right = neighbor_offsets().index((0, 2))
     lab = rgb_to_lab(means[None, :, None])[0, :, 0]
-    expected = torch.exp(-0.5 * lab.diff(dim=1).norm(dim=0))
-    assert_close(similarity[0, right, 0, :-1], expected, rtol=1e-4, atol=1e-12)
+    expected = torch.exp(-0.5 * (lab[:, 2:] - lab[:, :-2]).norm(dim=0))
+    assert_close(similarity[0, right, 0, :-2], expected, rtol=1e-4, atol=1e-12)
 
 
 def test_similarity_of_a_pair_is_the_same_from_both_ends():
     image = seeded_images((48, 64))[0] * 0.2
-    similarity = color_similarity([image], torch.ones(1, 12, 16).bool(), 4, 16)[0]
-    for k, offset in enumerate(neighbour_offsets()):
+    similarity = color_similarity([image], torch.ones(1, 12, 16).bool(), MaskGrid(4, 12, 16))[0]
+    for k, offset in enumerate(neighbor_offsets()):
         here, there = pair_slices(offset)
         assert_close(similarity[k][here], similarity[-1 - k][there])
 
 
 def test_offsets_are_in_row_major_order_and_opposites_mirror_each_other():
-    offsets = neighbour_offsets(5, 3)
+    offsets = neighbor_offsets()
     assert offsets == sorted(offsets)
-    assert len(set(offsets)) == 24
+    assert len(set(offsets)) == 8
     assert (0, 0) not in offsets
     assert [(-down, -right) for down, right in offsets] == offsets[::-1]
-    assert {value for offset in offsets for value in offset} == {-6, -3, 0, 3, 6}
+    assert {value for offset in offsets for value in offset} == {-2, 0, 2}
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(-8, 8), st.integers(-8, 8))
-def test_shifting_and_slicing_agree_with_the_definition_of_a_neighbour(height, width, down, right):
+def test_shifting_and_slicing_agree_with_the_definition_of_a_neighbor(height, width, down, right):
     grid = torch.arange(1.0, height * width + 1).view(height, width)
     result = shifted(grid, (down, right))
     pairs = []
@@ -162,14 +185,14 @@ def test_shifting_and_slicing_agree_with_the_definition_of_a_neighbour(height, w
     assert list(zip(grid[here].flatten().tolist(), grid[there].flatten().tolist(), strict=True)) == pairs
 
 
-def test_drawn_masks_are_sampled_at_the_pixels_of_the_grid():
+def test_annotated_masks_are_sampled_at_the_pixels_of_the_grid():
     images = seeded_images((37, 53), (64, 40))
-    drawn = [torch.rand(2, 37, 53) < 0.5, torch.rand(1, 64, 40) < 0.5]
+    annotated = [torch.rand(2, 37, 53) < 0.5, torch.rand(1, 64, 40) < 0.5]
     boxes = (0, 0, 30, 30)
-    targets = [target(boxes, boxes, masks=drawn[0]), target(boxes, masks=drawn[1])]
-    grid = grid_targets(images, targets, 4, 32)
-    assert grid.has_mask.tolist() == [True] * 3
-    for t, full in enumerate([drawn[0][0], drawn[0][1], drawn[1][0]]):
+    targets = [target(boxes, boxes, masks=annotated[0]), target(boxes, masks=annotated[1])]
+    grid = on_grid(images, targets, 4, 32)
+    assert grid.mask_confidence.tolist() == [1] * 3
+    for t, full in enumerate([annotated[0][0], annotated[0][1], annotated[1][0]]):
         for i in range(16):
             for j in range(16):
                 y, x = 4 * i + 2, 4 * j + 2
@@ -178,62 +201,68 @@ def test_drawn_masks_are_sampled_at_the_pixels_of_the_grid():
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
-def test_drawn_masks_may_be_of_any_type(dtype):
-    drawn = torch.rand(1, 32, 32) < 0.5
-    grid = grid_targets(seeded_images((32, 32)), [target((0, 0, 9, 9), masks=drawn.to(dtype))], 4, 32)
-    assert torch.equal(grid.masks[0], drawn[0, 2::4, 2::4])
+def test_annotated_masks_may_be_of_any_type(dtype):
+    annotated = torch.rand(1, 32, 32) < 0.5
+    grid = on_grid(seeded_images((32, 32)), [target((0, 0, 9, 9), masks=annotated.to(dtype))], 4, 32)
+    assert torch.equal(grid.masks[0], annotated[0, 2::4, 2::4])
 
 
-def test_only_masks_that_are_said_to_be_drawn_count():
-    drawn = torch.ones(2, 32, 32).bool()
+def test_only_masks_that_are_said_to_be_annotated_count():
+    annotated = torch.ones(2, 32, 32).bool()
     targets = [
-        target((0, 0, 9, 9), (5, 5, 20, 20), masks=drawn, has_mask=torch.tensor([False, True])),
+        target((0, 0, 9, 9), (5, 5, 20, 20), masks=annotated, has_mask=torch.tensor([False, True])),
         target((0, 0, 9, 9)),
     ]
-    grid = grid_targets(seeded_images((32, 32), (32, 32)), targets, 4, 32)
-    assert grid.has_mask.tolist() == [False, True, False]
+    grid = on_grid(seeded_images((32, 32), (32, 32)), targets, 4, 32)
+    assert grid.mask_confidence.tolist() == [0, 1, 0]
     assert grid.image_index.tolist() == [0, 0, 1]
-    assert grid.most_boxes == 2
+
+
+def test_a_mask_s_confidence_is_the_one_given_and_0_without_a_mask():
+    masks, confidence = torch.ones(2, 32, 32).bool(), torch.tensor([0.3, 0.6])
+    both = target((0, 0, 9, 9), (5, 5, 20, 20), masks=masks, mask_confidence=confidence)
+    one = {**both, "has_mask": torch.tensor([False, True])}
+    grid = on_grid(seeded_images((32, 32), (32, 32)), [both, one], 4, 32)
+    assert_close(grid.mask_confidence, torch.tensor([0.3, 0.6, 0.0, 0.6]))
 
 
 @pytest.mark.parametrize("ignored", [0, 1, 5, 10, 31])
-def test_ignored_bottom_rows_teach_no_colours(ignored):
+def test_ignored_bottom_rows_teach_no_colors(ignored):
     image = torch.full((3, 32, 32), 0.5)
-    grid = grid_targets([image], [target((0, 0, 9, 9), ignored_bottom_rows=ignored)], 4, 32)
+    grid = on_grid([image], [target((0, 0, 9, 9), ignored_bottom_rows=ignored)], 4, 32)
     rows = torch.arange(2, 32, 4)
     assert torch.equal(grid.valid[0], (rows < 32 - ignored)[:, None].expand(8, 8))
-    assert grid.inside.all()
-    similarity = color_similarity([image], grid.valid, 4, 32)[0]
-    for k, (down, _) in enumerate(neighbour_offsets()):
+    similarity = color_similarity([image], grid.valid, MaskGrid(4, 8, 8))[0]
+    for k, (down, _) in enumerate(neighbor_offsets()):
         for i in range(8):
             if not 0 <= i + down < 8 or rows[i + down] >= 32 - ignored:
                 assert (similarity[k, i] == 0).all()
 
 
-def test_an_image_has_the_same_colours_and_cells_alone_as_beside_a_larger_one():
+def test_an_image_has_the_same_colors_and_cells_alone_as_beside_a_larger_one():
     small, large = seeded_images((37, 53), (90, 70))
     record = target((3, 4, 50, 30), ignored_bottom_rows=7)
     alone, together = (
-        grid_targets(images, targets, 4, 32)
+        on_grid(images, targets, 4, 32)
         for images, targets in (([small], [record]), ([large, small], [target(), record]))
     )
-    height, width = alone.inside.shape[1:]
-    for name in ("inside", "valid"):
-        ours, theirs = getattr(alone, name)[0], getattr(together, name)[1]
-        assert torch.equal(ours, theirs[:height, :width])
-        assert theirs.sum() == ours.sum()
+    grid, larger = mask_grid([small], 4, 32), mask_grid([large, small], 4, 32)
+    height, width = grid.shape
+    assert torch.equal(alone.valid[0], together.valid[1, :height, :width])
+    assert together.valid[1].sum() == alone.valid[0].sum()
     assert torch.equal(alone.box_masks[0], together.box_masks[0, :height, :width])
-    similarity = color_similarity([small], alone.valid, 4, 32)[0]
-    beside = color_similarity([large, small], together.valid, 4, 32)[1]
-    rows, columns = alone.inside[0].any(1).sum(), alone.inside[0].any(0).sum()
+    similarity = color_similarity([small], alone.valid, grid)[0]
+    beside = color_similarity([large, small], together.valid, larger)[1]
+    inside = cells_inside([small], grid)[0]
+    rows, columns = inside.any(1).sum(), inside.any(0).sum()
     assert torch.equal(similarity[:, :rows, :columns], beside[:, :rows, :columns])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_leaves_colours_as_they_are(dtype):
+def test_autocast_leaves_colors_as_they_are(dtype):
     torch.manual_seed(0)
     images = [(0.5 + 0.05 * torch.randn(3, 64, 64)).clamp(0, 1)]
     valid = torch.ones(1, 16, 16, dtype=torch.bool)
-    plain = color_similarity(images, valid, 4, 32)
+    plain = color_similarity(images, valid, MaskGrid(4, 16, 16))
     with torch.autocast("cpu", dtype):
-        assert torch.equal(color_similarity(images, valid, 4, 32), plain)
+        assert torch.equal(color_similarity(images, valid, MaskGrid(4, 16, 16)), plain)

@@ -32,10 +32,10 @@ def test_a_step_returns_every_loss_once_and_finite():
     assert all(loss.ndim == 0 and torch.isfinite(loss) and loss > 0 for loss in losses.values())
 
 
-def test_the_teacher_is_frozen_and_looks_in_evaluation_mode():
+def test_the_teacher_is_frozen_and_runs_in_evaluation_mode():
     model = teacher_of(PLAN)
     torch.stack(list(model(IMAGES, TARGETS).values())).sum().backward()
-    assert model.teacher.teacher_calls == [(False, False)]
+    assert model.teacher.model.teacher_calls == [(False, False)]
     assert model.student.teacher_calls == []
     assert not any(module.training for module in model.teacher.modules())
     assert all(module.training for module in model.student.modules())
@@ -59,13 +59,13 @@ def test_the_student_alone_sees_the_augmentation():
     assert torch.equal(negative.last_pseudo_masks.masks, plain.last_pseudo_masks.masks)
 
 
-def test_a_pseudo_mask_equal_to_a_drawn_one_teaches_the_same_up_to_confidence():
+def test_a_pseudo_mask_equal_to_an_annotated_one_teaches_the_same_up_to_confidence():
     box = (4, 4, 30, 30)
     image = seeded_images((48, 64))
     plan = script((0, box, 1.0), logits=plateau((2, 2, 6, 6)) * 20)  # confidence 1, to float32's precision
-    drawn = filled((8, 8, 24, 24), 48, 64)[None]
+    annotated = filled((8, 8, 24, 24), 48, 64)[None]
     pseudo = teacher_of(plan)(image, [target(box)])
-    real = teacher_of(script())(image, [target(box, masks=drawn)])
+    real = teacher_of(script())(image, [target(box, masks=annotated)])
     assert_close(pseudo, real)
 
 
@@ -106,19 +106,19 @@ def test_the_pseudo_warm_up_is_the_other_one_unless_given():
     assert teacher_of(warmup_steps=7, pseudo_warmup_steps=0).pseudo_warmup_steps == 0
 
 
-def test_losses_of_several_rounds_are_averaged():
-    class OneRound(ScriptedSegmenter):
+def test_losses_of_several_decoder_layers_are_averaged():
+    class OneLayer(ScriptedSegmenter):
         shift = 0
 
         def forward_student(self, images, targets):
             output = super().forward_student(images, targets)
             return type(output)(output.losses, [output.masks[self.shift]])
 
-    together = numbers(teacher_of(PLAN, rounds=3)(IMAGES, TARGETS))
+    together = numbers(teacher_of(PLAN, layers=3)(IMAGES, TARGETS))
     singly = []
     for shift in range(3):
         torch.manual_seed(0)
-        student = OneRound(PLAN, rounds=3)
+        student = OneLayer(PLAN, layers=3)
         student.shift = shift
         model = BoxTeacher(student, augmentation=nn.Identity(), warmup_steps=0).train()
         singly.append(numbers(model(IMAGES, TARGETS)))
@@ -144,7 +144,7 @@ def test_a_batch_without_any_box_trains(supervision):
     torch.stack(list(losses.values())).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.student.parameters())
     if supervision is BoxTeacher:
-        assert model.teacher.teacher_calls == []  # there is nothing to ask it for
+        assert model.teacher.model.teacher_calls == []  # it has nothing to find
 
 
 def test_a_batch_without_any_candidate_learns_from_boxes_alone():

@@ -1,4 +1,4 @@
-"""What makes the teacher cheaper: another type, and a pause between questions."""
+"""What makes the teacher cheaper: a smaller type, and running it in some steps only."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from boxteacher import BoxTeacher, Candidates, InputError
 from tests.support import ScriptedSegmenter, filled, script, seeded_images, target
+from tests.teaching_support import box_teacher
 
 IMAGES = seeded_images((48, 64))
 BOX = (8, 8, 40, 40)
@@ -15,7 +16,7 @@ BOX = (8, 8, 40, 40)
 def teacher_of(student: nn.Module, **settings: object) -> BoxTeacher:
     torch.manual_seed(0)
     settings = {"augmentation": nn.Identity(), "warmup_steps": 0, **settings}
-    return BoxTeacher(student, **settings).train()
+    return box_teacher(student, **settings).train()
 
 
 def blob() -> Tensor:
@@ -37,9 +38,9 @@ class Typed(ScriptedSegmenter):
 
 @pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), (torch.bfloat16, torch.bfloat16)])
 def test_the_teacher_alone_computes_in_its_own_type(dtype, expected):
-    model = teacher_of(Typed(script((0, BOX, 0.8))), teacher_dtype=dtype)
+    model = teacher_of(Typed(script((0, BOX, 0.8))), dtype=dtype)
     losses = model(IMAGES, [target(BOX)])
-    assert model.teacher.dtype == expected
+    assert model.teacher.model.dtype == expected
     assert all(loss.dtype == torch.float32 for loss in losses.values())
     sum(losses.values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.student.parameters() if p.grad is not None)
@@ -47,8 +48,8 @@ def test_the_teacher_alone_computes_in_its_own_type(dtype, expected):
 
 def test_a_bfloat16_teacher_says_nearly_the_same():
     def confidence(dtype: torch.dtype | None) -> Tensor:
-        model = teacher_of(ScriptedSegmenter(script((0, BOX, 0.8))), teacher_dtype=dtype)
-        nn.init.constant_(model.teacher.logit.bias, 0.5)
+        model = teacher_of(ScriptedSegmenter(script((0, BOX, 0.8))), dtype=dtype)
+        nn.init.constant_(model.teacher.model.logit.bias, 0.5)
         model(IMAGES, [target(BOX)])
         return model.last_pseudo_masks.confidence
 
@@ -58,30 +59,30 @@ def test_a_bfloat16_teacher_says_nearly_the_same():
     assert_close(confidence(torch.bfloat16), exact, rtol=0, atol=3 * 2**-8)
 
 
-def test_between_two_questions_boxes_and_drawn_masks_teach():
+def test_between_two_runs_of_the_teacher_boxes_teach():
     student = proposing()
     model = teacher_of(student, teacher_interval=3)
     optimizer = torch.optim.SGD(model.student.parameters(), lr=1e-3)
-    asked = []
+    runs = []
     for _ in range(7):
-        calls = len(model.teacher.teacher_calls)
+        calls = len(model.teacher.model.teacher_calls)
         losses = model(IMAGES, [target(BOX)])
         losses = model(IMAGES, [target(BOX)])  # a second batch of the same step is treated alike
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
-        asked.append(len(model.teacher.teacher_calls) - calls)
-        assert (losses["loss_pixel"] > 0) == (asked[-1] > 0)
+        runs.append(len(model.teacher.model.teacher_calls) - calls)
+        assert (losses["loss_pixel"] > 0) == (runs[-1] > 0)
         assert losses["loss_projection"] > 0
-    assert asked == [2, 0, 0, 2, 0, 0, 2]
+    assert runs == [2, 0, 0, 2, 0, 0, 2]
 
 
-def test_a_drawn_mask_teaches_in_every_step():
+def test_an_annotated_mask_teaches_in_every_step():
     model = teacher_of(proposing(), teacher_interval=1000)
     optimizer = torch.optim.SGD(model.student.parameters(), lr=1e-3)
-    drawn = filled(BOX, 48, 64)[None]
+    annotated = filled(BOX, 48, 64)[None]
     for _ in range(2):
-        losses = model(IMAGES, [target(BOX, masks=drawn)])
+        losses = model(IMAGES, [target(BOX, masks=annotated)])
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
@@ -95,8 +96,8 @@ def test_a_drawn_mask_teaches_in_every_step():
         ({"teacher_interval": 0}, "teacher_interval is 0: give a whole number, at least 1"),
         ({"teacher_interval": 1.5}, "teacher_interval is 1.5"),
         ({"teacher_interval": "2"}, "teacher_interval is '2'"),
-        ({"teacher_dtype": "bf16"}, "teacher_dtype is 'bf16': take one of None, torch.bfloat16"),
-        ({"teacher_dtype": torch.int8}, "teacher_dtype is torch.int8"),
+        ({"dtype": "bf16"}, "dtype is 'bf16': take one of None, torch.bfloat16"),
+        ({"dtype": torch.int8}, "dtype is torch.int8"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from boxteacher.geometry import canvas_size
+from boxteacher.grid import padded_size
 from boxteacher.protocol import Candidates
 from tests.example_support import TinySegmenter
 from tests.testing_support import NUM_CLASSES, assert_fails
@@ -73,7 +73,7 @@ class StretchedFromTheCanvas(TinySegmenter):
     """Masks of the canvas are resized to the image instead of being cut to it."""
 
     def forward(self, images):
-        height, width = canvas_size(images, self.size_divisor)
+        height, width = padded_size(images, self.size_divisor)
         found = []
         for each, image in zip(super().forward(images), images, strict=True):
             masks = F.pad(each["masks"], (0, width - image.shape[2], 0, height - image.shape[1]))

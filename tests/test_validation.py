@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from boxteacher import BoxSupervised, BoxTeacher, InputError, MaskPredictions, ProtocolError, StudentOutput
 from boxteacher.validation import check_batch, check_labels, check_range
 from tests.support import ScriptedSegmenter, script, seeded_images, target
+from tests.teaching_support import box_teacher
 
 
 def refusal(**changes: Any) -> str:
@@ -24,6 +25,10 @@ def test_types_that_would_round_or_fail_later_are_named() -> None:
     assert "labels are torch.int32" in refusal(labels=torch.zeros(1, dtype=torch.int32))
     assert "has_mask" in refusal(has_mask=torch.ones(1, dtype=torch.bool))
     assert "has_mask" in refusal(has_mask=torch.ones(1), masks=torch.zeros(1, 32, 32))
+    assert "mask_confidence" in refusal(mask_confidence=torch.ones(1))
+    masks = torch.zeros(1, 32, 32)
+    assert "give values in [0, 1]" in refusal(mask_confidence=torch.tensor([1.5]), masks=masks)
+    assert "one value in [0, 1] per box" in refusal(mask_confidence=torch.ones(2), masks=masks)
 
 
 def test_a_target_on_another_device_is_named() -> None:
@@ -45,7 +50,7 @@ def test_a_label_that_is_no_class_is_named(label: int) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 1.1])
 def test_a_number_out_of_range_is_named_with_its_range(value: float) -> None:
     with pytest.raises(InputError, match=r"momentum is .* at least 0 and at most 1"):
-        check_range("momentum", value, least=0, most=1)
+        check_range("momentum", value, minimum=0, maximum=1)
 
 
 @pytest.mark.parametrize(
@@ -55,12 +60,16 @@ def test_a_number_out_of_range_is_named_with_its_range(value: float) -> None:
         {"inference": "studnet"},
         {"momentum": 2},
         {"iou_threshold": 0},
-        {"kernel_size": 4},
+        {"score_threshold": -1},
+        {"pixel_weight": -1},
+        {"affinity_weight": float("nan")},
+        {"warmup_steps": -1},
+        {"pseudo_warmup_steps": -1},
     ],
 )
 def test_a_misspelt_or_senseless_setting_is_refused_at_once(settings: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(settings))):
-        BoxTeacher(ScriptedSegmenter(script()), **settings)
+        box_teacher(ScriptedSegmenter(script()), **settings)
 
 
 class Wrong(ScriptedSegmenter):

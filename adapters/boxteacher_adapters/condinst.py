@@ -10,10 +10,9 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from boxteacher.errors import InputError
-from boxteacher.geometry import grid_coordinates, pad_images
+from boxteacher.grid import grid_coordinates, pad_images, upsample_aligned
 from boxteacher.precision import full_precision
 from boxteacher.protocol import Candidates, Detections, MaskPredictions, StudentOutput, Target
-from boxteacher.resampling import upsample_aligned
 from boxteacher.scoring import mask_quality, ranking_score
 from boxteacher.validation import check_labels
 from boxteacher_adapters.fcos import (

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from boxteacher.errors import InputError
-from boxteacher.geometry import pad_images
+from boxteacher.grid import mask_grid, pad_images, upsample_aligned
 from boxteacher.protocol import Candidates, Detections, MaskPredictions, StudentOutput, Target
-from boxteacher.resampling import upsample_aligned
 from boxteacher.scoring import mask_quality
 from boxteacher.targets import GridTargets, grid_targets
 from boxteacher.validation import check_labels
@@ -116,7 +115,7 @@ class Mask2Former(nn.Module):
         counts = [len(target["boxes"]) for target in targets]
         self._check_counts(counts)
         rounds, mask_features = self._predict(images)
-        grid = grid_targets(images, targets, self.mask_stride, self.size_divisor)
+        grid = grid_targets(images, targets, mask_grid(images, self.mask_stride, self.size_divisor))
         with_masks = any("masks" in target for target in targets)
         wanted = matching_targets(grid, counts, self.mask_stride, with_masks)
         queries = _match(rounds, mask_features, wanted)  # (R, T)

@@ -74,7 +74,7 @@ def matching_targets(
         rows=sorted_in(grid.box_masks.any(2).float()),
         columns=sorted_in(grid.box_masks.any(1).float()),
         masks=sorted_in(grid.masks.float()) if with_masks else None,
-        has_mask=sorted_in(grid.has_mask),
+        has_mask=sorted_in(grid.mask_confidence > 0),
     )
 
 

@@ -11,7 +11,7 @@ class SpatialPrior(nn.Module):
     """An ellipse per query, moved away from an anchor that is the query's own.
 
     Boxes alone do not tell an object from its outline: both cast the same shadow, and cells on an edge have
-    no neighbour of like colour that the pairwise loss could hold them to. From features alone, whose
+    no neighbor of like colour that the pairwise loss could hold them to. From features alone, whose
     strongest responses at first are edges, short training ended in outlines. Added to the mask logits, an
     ellipse makes masks begin as solid discs apart from one another, which the losses then carve.
 

@@ -25,7 +25,7 @@ from torchvision.ops import (
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from boxteacher.errors import InputError
-from boxteacher.geometry import canvas_size
+from boxteacher.grid import padded_size
 from boxteacher.precision import full_precision
 from boxteacher.protocol import Candidates, Detections, MaskPredictions, StudentOutput, Target
 from boxteacher.validation import check_labels
@@ -185,7 +185,7 @@ class MaskRCNNProvider(nn.Module):
 
     def _pasted(self, logits: Tensor, boxes: Tensor, reach: Tensor, images: Sequence[Tensor]) -> Tensor:
         """Logits (M, r, r) of boxes (M, 4), on the mask grid (M, H / 4, W / 4) as far as `reach` (M, 4)."""
-        return paste_on_grid(logits, boxes, reach, canvas_size(images, self.size_divisor), self.mask_stride)
+        return paste_on_grid(logits, boxes, reach, padded_size(images, self.size_divisor), self.mask_stride)
 
 
 def _image_index(boxes: Sequence[Tensor]) -> Tensor:
@@ -245,7 +245,7 @@ class _Unresized(GeneralizedRCNNTransform):  # type: ignore[misc]
 def _begin_filled(mask_logits: nn.Module) -> None:
     """Lets every class's masks begin as their filled boxes.
 
-    An outline casts the same shadow as an object, and cells on an edge have no neighbour of like colour.
+    An outline casts the same shadow as an object, and cells on an edge have no neighbor of like colour.
     torchvision's wide first weights make the strongest edges the first masks; a class that ends as outlines
     in this way stays so under boxes alone.
     """

@@ -12,7 +12,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from boxteacher.errors import InputError
-from boxteacher.geometry import pad_images
+from boxteacher.grid import pad_images
 from boxteacher.protocol import Candidates, Detections, MaskPredictions, StudentOutput, Target
 from boxteacher.validation import check_labels
 from boxteacher_adapters.parts.backbones import Backbone, Weights, build_backbone

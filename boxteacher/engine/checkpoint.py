@@ -42,9 +42,9 @@ class SegmenterInfo:
             raise TypeError("class_names and category_ids are not both lists")
         if len(self.class_names) != len(self.category_ids):
             raise ValueError(f"{len(self.class_names)} class names, {len(self.category_ids)} category ids")
-        check_whole("image_size", self.image_size, least=1)
+        check_whole("image_size", self.image_size, minimum=1)
         if self.shortest_side is not None:
-            check_whole("shortest_side", self.shortest_side, least=1)
+            check_whole("shortest_side", self.shortest_side, minimum=1)
 
 
 def save_checkpoint(path: Path, segmenter: nn.Module, info: SegmenterInfo) -> None:

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from boxteacher.engine.devices import pick_device
 from boxteacher.errors import InputError
-from boxteacher.teacher_view import check_teacher_size
 from boxteacher.validation import check_choice, check_range, check_whole
+from boxteacher.view import check_image_size
 
 
 @dataclass(frozen=True)
@@ -90,27 +90,27 @@ class TrainSettings:
     def __post_init__(self) -> None:
         check_choice("supervision", self.supervision, ("teacher", "box", "mask"))
         check_choice("augmentation", self.augmentation, ("none", "strong", "stronger"))
-        check_range("iou_threshold", self.iou_threshold, above=0, most=1)
+        check_range("iou_threshold", self.iou_threshold, above=0, maximum=1)
         check_choice("quality_at", self.quality_at, ("grid", "image"))
         check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
-        check_range("momentum", _given(self.momentum, 0.0), least=0, most=1)
+        check_range("momentum", _given(self.momentum, 0.0), minimum=0, maximum=1)
         for name in ("lr", "backbone_lr_factor"):
             check_range(name, getattr(self, name), above=0)
         for name in ("steps", "batch_size", "image_size", "mask_samples"):
-            check_range(name, _given(getattr(self, name), 1), least=1)
+            check_range(name, _given(getattr(self, name), 1), minimum=1)
         for name in ("weight_decay", "gradient_clip", "workers"):
-            check_range(name, getattr(self, name), least=0)
+            check_range(name, getattr(self, name), minimum=0)
         for name in ("warmup_steps", "pseudo_warmup_steps", "lr_warmup_steps"):
-            check_range(name, _given(getattr(self, name), 0), least=0)
+            check_range(name, _given(getattr(self, name), 0), minimum=0)
         for name in ("shortest_side", "lr_steps"):
             for value in getattr(self, name):
-                check_range(name, value, least=1)
+                check_range(name, value, minimum=1)
         if list(self.lr_steps) != sorted(set(self.lr_steps)):
             raise InputError(f"lr_steps is {self.lr_steps}: give each step once, in rising order")
 
-        check_teacher_size(self.teacher_size or None)
+        check_image_size(self.teacher_size or None)
         check_choice("teacher_dtype", self.teacher_dtype, ("float32", "bfloat16"))
-        check_whole("teacher_interval", self.teacher_interval, least=1)
+        check_whole("teacher_interval", self.teacher_interval, minimum=1)
 
     def resolved(self) -> "TrainSettings":
         """The same with every default that depends on the run's length, or on the machine, filled in."""

@@ -26,7 +26,8 @@ from boxteacher.engine.progress import TrainingLog
 from boxteacher.engine.settings import TrainSettings
 from boxteacher.engine.weights import build_with_weights
 from boxteacher.errors import InputError
-from boxteacher.supervision import BoxSupervised, MaskSupervised, Supervision
+from boxteacher.pseudo_masks import EMATeacher
+from boxteacher.supervision import BoxSupervised, MaskSupervised, TrainingWrapper
 from boxteacher.teacher import BoxTeacher
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def train(settings: TrainSettings) -> Path:
     return checkpoint
 
 
-def _supervised_segmenter(settings: TrainSettings, data: CocoInstances) -> Supervision:
+def _supervised_segmenter(settings: TrainSettings, data: CocoInstances) -> TrainingWrapper:
     segmenter = build_with_weights(
         settings.model,
         len(data.class_names),
@@ -157,7 +158,7 @@ def _check_queries(student: nn.Module, settings: TrainSettings, data: CocoInstan
         )
 
 
-def supervise(segmenter: nn.Module, settings: TrainSettings) -> Supervision:
+def supervise(segmenter: nn.Module, settings: TrainSettings) -> TrainingWrapper:
     """Puts the segmenter under the supervision that the settings name, scaled to the run's length."""
     settings = settings.resolved()
     if settings.supervision == "mask":
@@ -167,16 +168,20 @@ def supervise(segmenter: nn.Module, settings: TrainSettings) -> Supervision:
         return BoxSupervised(segmenter, warmup_steps=warmup)
     momentum: Any = settings.momentum
     teacher_size: Any = settings.teacher_size
-    return BoxTeacher(
+    teacher = EMATeacher(
         segmenter,
         momentum=momentum,
         iou_threshold=settings.iou_threshold,
+        quality_at=settings.quality_at,
+        image_size=teacher_size or None,
+        dtype=_TEACHER_DTYPES[settings.teacher_dtype],
+    )
+    return BoxTeacher(
+        segmenter,
+        teacher=teacher,
+        augmentation=_AUGMENTATIONS[settings.augmentation](),
         warmup_steps=warmup,
         pseudo_warmup_steps=settings.pseudo_warmup_steps,
-        augmentation=_AUGMENTATIONS[settings.augmentation](),
-        teacher_size=teacher_size or None,
-        quality_at=settings.quality_at,
-        teacher_dtype=_TEACHER_DTYPES[settings.teacher_dtype],
         teacher_interval=settings.teacher_interval,
     )
 
@@ -214,7 +219,7 @@ def _check_finite(numbers: dict[str, float], step: int, saved: int, images: list
             )
 
 
-def _pseudo_masks(model: Supervision) -> dict[str, Tensor]:
+def _pseudo_masks(model: TrainingWrapper) -> dict[str, Tensor]:
     if not isinstance(model, BoxTeacher) or model.last_pseudo_masks is None:
         return {}
     confidence = model.last_pseudo_masks.confidence  # (T,)

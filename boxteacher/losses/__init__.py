@@ -1,7 +1,7 @@
 """The four mask losses, each named as its paper names it."""
 
-from boxteacher.losses.canvas import BoxRegions
 from boxteacher.losses.dice import dice_loss
+from boxteacher.losses.packing import BoxRegions
 from boxteacher.losses.pairs import pair_sums
 from boxteacher.losses.pairwise import (
     affinity_relation,

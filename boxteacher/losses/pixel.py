@@ -1,7 +1,8 @@
-"""Noise-aware pixel loss: a pseudo mask counts as far as it is trusted."""
+"""Noise-aware pixel loss: Dice with a pseudo mask, weighted by its confidence."""
 
 from torch import Tensor
 
+from boxteacher.distributed import global_count
 from boxteacher.losses.dice import dice_loss
 
 
@@ -17,4 +18,4 @@ def noise_aware_pixel_loss(mask_logits: Tensor, pseudo_masks: Tensor, confidence
         Scalar: the weighted sum over the number of masks with confidence > 0; 0 if there is none.
     """
     per_mask = dice_loss(mask_logits.float().sigmoid(), pseudo_masks.float())  # (M,)
-    return (per_mask * confidence).sum() / (confidence > 0).sum().clamp(min=1)
+    return (per_mask * confidence).sum() / global_count((confidence > 0).sum()).clamp(min=1)

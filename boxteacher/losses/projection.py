@@ -1,4 +1,4 @@
-"""Projection loss: a mask and its box cast the same shadow on both axes."""
+"""Projection loss: a mask and its box have the same projections onto both axes."""
 
 from torch import Tensor
 

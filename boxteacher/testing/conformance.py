@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from boxteacher.adaptation import adapted
+from boxteacher.adaptation import as_provider
 from boxteacher.errors import ProtocolError
 from boxteacher.supervision import BoxSupervised
 from boxteacher.testing.copies import check_copies
@@ -74,7 +74,7 @@ def _number_of_classes(provider: nn.Module, given: int | None) -> int:
 
 def _provider(model: nn.Module) -> nn.Module:
     """A copy of the model, or of its type's adapter round it."""
-    provider = adapted(copy.deepcopy(model))
+    provider = as_provider(copy.deepcopy(model))
     for name in ("mask_stride", "size_divisor"):
         value = getattr(provider, name, 1)  # what is missing altogether, `BoxSupervised` says
         require(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from boxteacher.errors import InputError, ProtocolError
+from boxteacher.pseudo_masks import EMATeacher
 from boxteacher.teacher import BoxTeacher
 from boxteacher.testing.findings import Subject, finding, first_line, require
 from boxteacher.testing.measure import Batch
@@ -40,7 +41,8 @@ def _check_step(
     subject: Subject, batch: Batch, *, may_refuse: bool = False, score_threshold: float = 0.0
 ) -> None:
     images, targets = batch
-    model = BoxTeacher(copy.deepcopy(subject.model), score_threshold=score_threshold).train()
+    student = copy.deepcopy(subject.model)
+    model = BoxTeacher(student, teacher=EMATeacher(student, score_threshold=score_threshold)).train()
     with _refusal(may_refuse):
         losses = model(images, targets)
         for name, loss in losses.items():

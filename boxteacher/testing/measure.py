@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from boxteacher.geometry import canvas_size
+from boxteacher.grid import mask_grid, padded_size
 from boxteacher.protocol import Candidates, Detections, Target
 from boxteacher.targets import GridTargets, grid_targets
 from boxteacher.testing.findings import Subject, finding, require_tensor
@@ -69,7 +69,7 @@ def student_masks(subject: Subject, batches: Sequence[Batch], *, swapped: bool =
     for images, targets in batches:
         told = [with_swapped_boxes(target) for target in targets] if swapped else targets
         masks = provider.forward_student(images, told).masks[-1]
-        grid = grid_targets(images, targets, provider.mask_stride, provider.size_divisor)
+        grid = grid_targets(images, targets, mask_grid(images, provider.mask_stride, provider.size_divisor))
         due = grid.box_masks[masks.target_index]  # (M, h, w)
         overlaps.append(_overlap(masks.logits > 0, due))
         offsets.append(_apart(masks.logits > 0, due) * provider.mask_stride)
@@ -87,7 +87,7 @@ def found_candidates(subject: Subject, batches: Sequence[Batch]) -> Found:
     provider = subject.twin(training=False).provider
     found = []
     for images, targets in batches:
-        grid = grid_targets(images, targets, provider.mask_stride, provider.size_divisor)
+        grid = grid_targets(images, targets, mask_grid(images, provider.mask_stride, provider.size_divisor))
         found.append(_candidates(subject, provider.forward_teacher(images), images, grid))
     return _together(found)
 
@@ -140,7 +140,7 @@ def decoded(
     Raises:
         ProtocolError: `decode_masks` gave anything but finite floats of that shape.
     """
-    height, width = canvas_size(images, subject.provider.size_divisor)
+    height, width = padded_size(images, subject.provider.size_divisor)
     stride = subject.provider.mask_stride
     masks = candidates.decode_masks(indices, boxes, labels)
     name = f"decode_masks of {len(indices)} of {len(candidates.scores)} candidates"

@@ -169,7 +169,7 @@ _MASKS = {
     ),
     "detections": (
         "masks of model(images)",
-        "enlarge each box's own mask from the grid by mask_stride (boxteacher.resampling.upsample_aligned), "
+        "enlarge each box's own mask from the grid by mask_stride (boxteacher.grid.upsample_aligned), "
         "and cut the image out of the canvas at the top left, without resizing",
     ),
 }

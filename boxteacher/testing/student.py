@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor
 
-from boxteacher.geometry import canvas_size
+from boxteacher.grid import padded_size
 from boxteacher.protocol import MaskPredictions, StudentOutput, Target
 from boxteacher.testing.findings import Subject, finding, require, require_tensor, require_within
 from boxteacher.testing.scenes import OBLONG, known_boxes
@@ -53,7 +53,7 @@ def check_output(
         )
     provider = subject.provider
     total = sum(len(target["boxes"]) for target in targets)
-    canvas = canvas_size(images, provider.size_divisor)
+    canvas = padded_size(images, provider.size_divisor)
     grid = (canvas[0] // provider.mask_stride, canvas[1] // provider.mask_stride)
     require(
         len(output.masks) > 0, "masks is empty: return a MaskPredictions, if need be with no sample in it"
@@ -84,7 +84,7 @@ def check_output(
             shape == (count, *grid),
             f"mask logits have shape {shape} where {(count, *grid)} is due: one map per sample, rows before "
             f"columns, on the grid of the canvas {canvas} at mask_stride {provider.mask_stride}; pad images "
-            "with boxteacher.geometry.pad_images(images, size_divisor)",
+            "with boxteacher.grid.pad_images(images, size_divisor)",
         )
         require_tensor("mask logits", masks.logits, (count, *grid), "float", subject.device)
         require(masks.logits.requires_grad, "mask logits have no gradient: do not detach or threshold them")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
+from boxteacher.grid import NEIGHBOR_DILATION, mask_grid
 from boxteacher.losses import (
     BoxRegions,
     affinity_relation,
@@ -21,9 +22,9 @@ from boxteacher.losses import (
 from boxteacher.targets import GridTargets, color_similarity, grid_targets
 from tests.benchmarks.measure import Row, in_turns
 
-_STRIDE, _DILATION, _COLOR, _AFFINITY = 4, 2, 0.3, 0.5
+_STRIDE, _DILATION, _COLOR, _AFFINITY = 4, NEIGHBOR_DILATION, 0.3, 0.5
 _MEDIAN_SHARE = 0.08
-_MOST_CELLS = 2**22  # masks × grid in the sweep: unfolding them takes 2 GiB
+_MAX_CELLS = 2**22  # masks × grid in the sweep: unfolding them takes 2 GiB
 
 
 @dataclass
@@ -64,12 +65,13 @@ def scene(masks: int, height: int, width: int, share: float | None = None) -> Sc
         {"boxes": some, "labels": torch.zeros(len(some), dtype=torch.int64)}
         for some in (boxes[:half], boxes[half:])
     ]
-    grid = grid_targets(list(images), targets, _STRIDE, _STRIDE)
+    geometry = mask_grid(list(images), _STRIDE, _STRIDE)
+    grid = grid_targets(list(images), targets, geometry)
     blobs = F.interpolate(normal(masks, 1, height // 8, width // 8), (height, width), mode="bilinear")[:, 0]
     return Scene(
         logits=(2 * normal(masks, height, width)).requires_grad_(),
         grid=grid,
-        similarity=color_similarity(list(images), grid.valid, _STRIDE, _STRIDE),
+        similarity=color_similarity(list(images), grid.valid, geometry),
         pseudo_masks=(blobs > 0) & grid.box_masks,
         confidence=torch.rand(masks, generator=generator),
     )
@@ -86,11 +88,11 @@ def pair_losses(color: bool, affinity: bool) -> tuple[Loss, Loss]:
         regions = BoxRegions(grid.extents, grid.image_index, grid.valid)
         relations = []
         if color:
-            relations.append(color_relation(scene.similarity, grid.image_index, _COLOR, 3, _DILATION))
+            relations.append(color_relation(scene.similarity, grid.image_index, _COLOR))
         if affinity:
             index = torch.arange(len(scene.logits))
             relations.append(affinity_relation(scene.pseudo_masks, index, _AFFINITY))
-        sums, counts = pair_sums(scene.logits, regions, relations, 3, _DILATION)
+        sums, counts = pair_sums(scene.logits, regions, relations)
         total = sums.new_zeros(())
         if color:
             total = total + color_pairwise_loss(sums[0], counts[0])
@@ -114,8 +116,8 @@ def pair_losses(color: bool, affinity: bool) -> tuple[Loss, Loss]:
     return kernel, unfolded
 
 
-def neighbours(maps: Tensor) -> Tensor:
-    """The eight neighbours (M, 8, h, w) of each cell of maps (M, h, w); 0 outside."""
+def neighbors(maps: Tensor) -> Tensor:
+    """The eight neighbors (M, 8, h, w) of each cell of maps (M, h, w); 0 outside."""
     unfolded = F.unfold(maps[:, None], 3, dilation=_DILATION, padding=_DILATION).unflatten(2, maps.shape[1:])
     return torch.cat([unfolded[:, :4], unfolded[:, 5:]], 1)
 
@@ -123,19 +125,19 @@ def neighbours(maps: Tensor) -> Tensor:
 def log_probability_of_same(logits: Tensor) -> Tensor:
     """(M, 8, h, w) of logits (M, h, w), as BoxInst writes it (CVPR 2021, Eq. 4)."""
     log_foreground, log_background = F.logsigmoid(logits), F.logsigmoid(-logits)
-    both_foreground = log_foreground[:, None] + neighbours(log_foreground)
-    both_background = log_background[:, None] + neighbours(log_background)
+    both_foreground = log_foreground[:, None] + neighbors(log_foreground)
+    both_background = log_background[:, None] + neighbors(log_background)
     greater = torch.maximum(both_foreground, both_background)
     sum_of_exps = torch.exp(both_foreground - greater) + torch.exp(both_background - greater)
     return sum_of_exps.log() + greater
 
 
 def unfolded_affinity(scene: Scene) -> Tensor:
-    """(M, 8, h, w) of the pseudo masks; 0 where the neighbour is not valid."""
+    """(M, 8, h, w) of the pseudo masks; 0 where the neighbor is not valid."""
     masks = scene.pseudo_masks.float()
     smooth = (masks + F.avg_pool2d(masks[:, None], 3, stride=1, padding=1)[:, 0]) / 2  # (M, h, w)
-    near = neighbours(smooth)
-    valid = neighbours(scene.grid.valid.float())[scene.grid.image_index]
+    near = neighbors(smooth)
+    valid = neighbors(scene.grid.valid.float())[scene.grid.image_index]
     return (smooth[:, None] * near + (1 - smooth[:, None]) * (1 - near)) * valid
 
 
@@ -204,7 +206,7 @@ def sweep_rows(rounds: int, quick: bool) -> Iterator[Row]:
     both = pair_losses(True, True)
     for side in (80,) if quick else (80, 128, 256):
         for masks in (1, 8) if quick else (1, 8, 32, 128, 512):
-            if masks * side**2 > _MOST_CELLS:
+            if masks * side**2 > _MAX_CELLS:
                 continue
             name = f"both pair losses, {masks} masks on {side} × {side}, COCO-like boxes"
             point = {"masks": masks, "side": side}

@@ -1,39 +1,38 @@
-"""How good a checkpoint's pseudo masks are: their IoU with the drawn masks of training images.
+"""How good a checkpoint's pseudo masks are: their IoU with the annotated masks of training images.
 
     python -m tests.benchmarks.pseudo_masks RUN/last.pt --data DIR
         [--iou-threshold 0.8] [--teacher-size SHORTEST LONGEST] [--batches N]
 
-The checkpoint is the teacher, and sees the images as `boxteacher train` would show them. Drawn masks are
-looked at here alone: training from boxes never reads them.
+The checkpoint is the teacher, and sees the images as `boxteacher train` would show them. Annotated masks are
+used for measuring alone: training from boxes never reads them.
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from boxteacher import BoxTeacher
+from boxteacher import EMATeacher
 from boxteacher.data import CocoInstances, collate, find_split, training_transform
 from boxteacher.engine.checkpoint import load_checkpoint
+from boxteacher.grid import mask_grid
 from boxteacher.targets import grid_targets
 
 _BATCH_SIZE = 4
 
 
-def measure(model: BoxTeacher, batches: DataLoader) -> tuple[Tensor, Tensor]:  # type: ignore[type-arg]
-    """IoU (T,) of each target's pseudo mask with its drawn mask on the grid, and confidence (T,)."""
+def measure(teacher: EMATeacher, batches: DataLoader) -> tuple[Tensor, Tensor]:  # type: ignore[type-arg]
+    """IoU (T,) of each target's pseudo mask with its annotated mask on the grid, and confidence (T,)."""
     overlaps, confidences = [], []
     for images, targets in batches:
-        drawn = grid_targets(images, targets, model.student.mask_stride, model.student.size_divisor)  # type: ignore[arg-type]
-        hidden = replace(
-            drawn, masks=torch.zeros_like(drawn.masks), has_mask=torch.zeros_like(drawn.has_mask)
-        )
-        _, pseudo = model._prepare(images, hidden)
-        union = (pseudo.masks | drawn.masks).flatten(1).sum(1)  # (T,)
-        overlaps.append((pseudo.masks & drawn.masks).flatten(1).sum(1) / union.clamp(min=1))
+        grid = mask_grid(images, teacher.provider.mask_stride, teacher.provider.size_divisor)
+        truth = grid_targets(images, targets, grid)
+        pseudo = teacher(images, targets, grid)
+        masks = pseudo.masks & truth.box_masks  # (T, h, w)
+        union = (masks | truth.masks).flatten(1).sum(1)  # (T,)
+        overlaps.append((masks & truth.masks).flatten(1).sum(1) / union.clamp(min=1))
         confidences.append(pseudo.confidence)
     return torch.cat(overlaps), torch.cat(confidences)
 
@@ -56,13 +55,11 @@ def main() -> None:
     some = torch.randperm(len(data))[: arguments.batches * _BATCH_SIZE].tolist()
     batches = DataLoader(torch.utils.data.Subset(data, some), _BATCH_SIZE, collate_fn=collate)
     size = None if arguments.teacher_size is None else tuple(arguments.teacher_size)
-    model = BoxTeacher(
-        segmenter, iou_threshold=arguments.iou_threshold, teacher_size=size, augmentation=nn.Identity()
-    )
-    overlap, confidence = measure(model.train(), batches)
+    teacher = EMATeacher(segmenter, iou_threshold=arguments.iou_threshold, image_size=size)
+    overlap, confidence = measure(teacher, batches)
     there = confidence > 0
     print(
-        f"{int(there.sum())} of {len(there)} targets have a pseudo mask; IoU with the drawn one: mean "
+        f"{int(there.sum())} of {len(there)} targets have a pseudo mask; IoU with the annotated one: mean "
         f"{overlap[there].mean():.3f}, median {overlap[there].median():.3f}; mean confidence "
         f"{confidence[there].mean():.3f}"
     )

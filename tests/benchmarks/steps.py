@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from boxteacher import BoxSupervised, BoxTeacher
+from boxteacher import BoxSupervised, BoxTeacher, EMATeacher
 from boxteacher.ema import update_ema
 from boxteacher.protocol import Candidates
-from boxteacher.supervision import Supervision
+from boxteacher.supervision import TrainingWrapper
 from boxteacher_adapters.condinst import CondInst, build_condinst
 from boxteacher_adapters.mask2former import build_mask2former
 from boxteacher_adapters.mask_rcnn import MaskRCNNProvider, build_mask_rcnn
@@ -62,7 +62,7 @@ def talkative(segmenter: nn.Module) -> nn.Module:
 
 
 def finds_the_boxes(teacher: nn.Module, size: int) -> None:
-    """Puts the first candidates of each image at its boxes, so that masks are drawn and assigned."""
+    """Puts the first candidates of each image at its boxes, so that masks are decoded and assigned."""
     find: Any = teacher.forward_teacher
     _, targets = batch(size)
 
@@ -82,7 +82,7 @@ def as_trained(segmenter: nn.Module) -> nn.Module:
     return segmenter.to(memory_format=torch.channels_last)
 
 
-def training_step(model: Supervision, size: int) -> Callable[[], dict[str, Tensor]]:
+def training_step(model: TrainingWrapper, size: int) -> Callable[[], dict[str, Tensor]]:
     """Forward, backward and optimizer."""
     images, targets = batch(size)
     trained = [parameter for parameter in model.student.parameters() if parameter.requires_grad]
@@ -100,17 +100,18 @@ def training_step(model: Supervision, size: int) -> Callable[[], dict[str, Tenso
 
 
 def step_row(
-    name: str, student: nn.Module, size: int, rounds: int, aims: dict[str, float], **more: Any
+    name: str, student: nn.Module, size: int, rounds: int, aims: dict[str, float], **of_teacher: Any
 ) -> Row:
     """BoxTeacher's step over the same student's own step from boxes."""
-    teacher = BoxTeacher(student, **more)
-    finds_the_boxes(teacher.teacher, size)
-    with_teacher, alone = training_step(teacher, size), training_step(BoxSupervised(student), size)
+    teacher = EMATeacher(student, **of_teacher)
+    finds_the_boxes(teacher.model, size)
+    model = BoxTeacher(student, teacher=teacher)
+    with_teacher, alone = training_step(model, size), training_step(BoxSupervised(student), size)
     own, taught = alone(), with_teacher()
     assert set(taught) - set(own) == {"loss_pixel", "loss_affinity"}
-    assert teacher.last_pseudo_masks is not None
-    assert (teacher.last_pseudo_masks.confidence > 0).any()
-    held = bytes_of(teacher), bytes_of(student)
+    assert model.last_pseudo_masks is not None
+    assert (model.last_pseudo_masks.confidence > 0).any()
+    held = bytes_of(model), bytes_of(student)
     return in_turns(f"{name}, 2 images of {size} × {size}", with_teacher, alone, rounds, held, **aims)
 
 
@@ -126,7 +127,7 @@ def step_rows(rounds: int, quick: bool) -> Iterator[Row]:
     if half_precision_pays():
         aims = {} if quick else {"most_time": 1.2}
         name = "step with bfloat16 teacher, CondInst R-50"
-        yield step_row(name, condinst(), size, rounds, aims, teacher_dtype=torch.bfloat16)
+        yield step_row(name, condinst(), size, rounds, aims, dtype=torch.bfloat16)
     for name, build in _SMALL.items():
         if name == "Mask2Former" and importlib.util.find_spec("scipy") is None:
             continue
@@ -141,7 +142,7 @@ def share_rows(rounds: int, quick: bool) -> Iterator[Row]:
     model = BoxTeacher(condinst())
     images, _ = batch(size)
     alone = training_step(BoxSupervised(model.student), size)
-    teacher = model.teacher
+    teacher = model.segmenter
     parts: dict[str, Callable[[], Any]] = {
         "teacher's forward pass": lambda: teacher.forward_teacher(images),
         "strong augmentation": lambda: model.augmentation(images),

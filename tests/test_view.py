@@ -7,16 +7,17 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from boxteacher import BoxTeacher, InputError
-from boxteacher.resampling import upsample_aligned
+from boxteacher.grid import upsample_aligned
 from boxteacher.scoring import mask_confidence, mask_quality
-from boxteacher.teacher_view import TeacherView
+from boxteacher.view import TeacherView
 from tests.support import ScriptedSegmenter, filled, script, seeded_images, target
+from tests.teaching_support import box_teacher
 
 BOX = (8, 8, 40, 40)
 
 
 def teacher_of(student: nn.Module, **settings: object) -> BoxTeacher:
-    return BoxTeacher(student, augmentation=nn.Identity(), **settings).train()
+    return box_teacher(student, augmentation=nn.Identity(), **settings).train()
 
 
 @pytest.mark.parametrize(
@@ -33,9 +34,9 @@ def test_masks_of_another_scale_are_those_that_interpolation_gives():
     sizes = [(40, 60), (64, 48)]
     view = TeacherView(seeded_images(*sizes), (32, 45))
     torch.manual_seed(0)
-    grid = view.grid_size(4, 16)
+    grid = view.mask_grid(4, 16).shape
     masks, index = torch.rand(5, *grid), torch.tensor([0, 1, 1, 0, 1])
-    found = view.masks_of_images(masks, index, 4, 64, 64)
+    found = view.masks_at_pixels(masks, index, 4, (64, 64))
     for mask, i, ours in zip(masks, index.tolist(), found, strict=True):
         height, width = view.images[i].shape[-2:]
         pixels = upsample_aligned(mask[None, None], 4)[..., :height, :width]
@@ -68,7 +69,7 @@ def test_quality_is_measured_where_it_was_asked_for():
 
 
 def test_padding_does_not_count_in_the_quality_at_pixels():
-    """A second, larger image widens the canvas; the first one's confidence stays."""
+    """A second, larger image widens the padded batch; the first one's confidence stays."""
     plan = script((0, BOX, 0.8), level=1.5)
     confidences = []
     for images in (seeded_images((48, 64)), seeded_images((48, 64), (80, 96))):
@@ -83,7 +84,7 @@ def test_a_teacher_at_twice_the_size_finds_the_same_mask(place):
     """Candidates in the larger image's pixels win the same boxes, and their masks land on the same cells."""
     large = filled((6, 6, 18, 18), 24, 32).float()[None] * 10 - 5
     plan = script((0, [2 * side for side in BOX], 0.8), logits=large)
-    model = teacher_of(ScriptedSegmenter(plan), teacher_size=(96, 1000), quality_at=place)
+    model = teacher_of(ScriptedSegmenter(plan), image_size=(96, 1000), quality_at=place)
     model(seeded_images((48, 64)), [target(BOX)])
     assert model.last_pseudo_masks.confidence > 0.8
     mask, expected = model.last_pseudo_masks.masks[0], filled((3, 3, 9, 9), 12, 16)
@@ -95,11 +96,11 @@ def test_a_teacher_at_twice_the_size_finds_the_same_mask(place):
     ("settings", "message"),
     [
         ({"quality_at": "pixel"}, "quality_at is 'pixel': take one of 'grid', 'image'"),
-        ({"teacher_size": (0, 100)}, "teacher_size is 0"),
-        ({"teacher_size": 96}, "teacher_size is 96: give the shortest and the longest"),
-        ({"teacher_size": (96,)}, r"teacher_size is \(96,\): give the shortest and the longest"),
-        ({"teacher_size": (96.5, 160)}, "teacher_size is 96.5: give a whole number"),
-        ({"teacher_size": (160, 96)}, "give the shortest side first"),
+        ({"image_size": (0, 100)}, "image_size is 0"),
+        ({"image_size": 96}, "image_size is 96: give the shortest and the longest"),
+        ({"image_size": (96,)}, r"image_size is \(96,\): give the shortest and the longest"),
+        ({"image_size": (96.5, 160)}, "image_size is 96.5: give a whole number"),
+        ({"image_size": (160, 96)}, "give the shortest side first"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

@@ -1,4 +1,4 @@
-"""Boxes of the mask grid cut out and packed together, so that work and memory grow with their area."""
+"""Boxes of the mask grid, cut out and packed together, so that work and memory grow with their area."""
 
 import math
 from collections.abc import Iterator
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CELLS_AT_ONCE_ON_CPU = 2**17  # a canvas's tensors then stay in a core's cache
-_CELLS_AT_ONCE = 2**24
-_WIDTH_RATIO = 1.25  # of the widest to the narrowest box on one canvas
+_MAX_CELLS_ON_CPU = 2**17  # of one packing, whose tensors then stay in a core's cache
+_MAX_CELLS = 2**24
+_WIDTH_RATIO = 1.25  # of the widest to the narrowest box of one packing
 
 
 @dataclass(frozen=True)
 class BoxRegions:
-    """Where each of M masks is looked at: in the box of its target.
+    """The box of each of M masks, outside of which a pair loss looks at no mask.
 
     Attributes:
         extents: (M, 4) int64, the box's first row, first column, end row, end column on the grid (h, w);
             the ends are exclusive.
         image_index: (M,) int64.
-        valid: (B, h, w) bool, cells of each image that may be another cell's neighbour.
+        valid: (B, h, w) bool, cells of each image that may be another cell's neighbor.
     """
 
     extents: Tensor
@@ -29,19 +29,19 @@ class BoxRegions:
 
 
 @dataclass(frozen=True)
-class BoxCanvas:
-    """Boxes of like width, each with a border, stacked on a sheet of R rows and S columns.
+class PackedBoxes:
+    """Boxes of similar width, each with a border, stacked below one another: R rows and S columns.
 
-    A cell and its neighbour lie as far apart on the sheet as on the grid, for every cell of a box and every
-    neighbour no farther away than the border.
+    A cell and its neighbor are as far apart here as on the grid, for every cell of a box and every neighbor
+    no farther away than the border.
 
     Attributes:
         grid: h and w.
-        mask: (R,) int64, whose box each row belongs to.
-        row: (R,) int64, the grid's row; it may lie outside the grid.
-        first_column: (R,) int64, the grid's column at the sheet's column 0; it may be negative.
+        mask: (R,) int64, the mask whose box each row belongs to.
+        row: (R,) int64, the row of the grid; it may lie outside the grid.
+        first_column: (R,) int64, the column of the grid at column 0; it may be negative.
         inside: (R, S) bool, whether a cell lies on the grid.
-        in_box: (R, S) bool, whether it lies in the box, not in its border.
+        in_box: (R, S) bool, whether a cell lies in the box, not in its border.
     """
 
     grid: tuple[int, int]
@@ -56,7 +56,7 @@ class BoxCanvas:
 
         Args:
             maps: of any type.
-            index: (M,) int64, the map of each mask; mask m's is map m if not given.
+            index: (M,) int64, the map of each mask; map m for mask m if not given.
         """
         flat = self._positions(self.mask if index is None else index[self.mask])
         return maps.reshape(-1)[flat.clamp_(0, maps.numel() - 1)].masked_fill_(~self.inside, 0)
@@ -72,28 +72,28 @@ class BoxCanvas:
         return start[:, None] + torch.arange(self.inside.shape[1], device=start.device)
 
 
-def box_canvases(extents: Tensor, grid: tuple[int, int], border: int) -> Iterator[BoxCanvas]:
-    """Packs all boxes, with a border of that many cells, on as many canvases as their widths ask for.
+def pack_boxes(extents: Tensor, grid: tuple[int, int], border: int) -> Iterator[PackedBoxes]:
+    """Packs all boxes, each with a border, into as many packings as their widths ask for.
 
-    The canvases' sizes depend on the data, so this waits for the device, once.
+    The sizes of the packings depend on the data, so this synchronizes with the device, once.
 
     Args:
         extents: (M, 4) as in `BoxRegions`.
         grid: h and w.
-        border: in cells.
+        border: cells on each side of a box.
     """
     if len(extents) == 0:
         return
     heights, widths = _sizes(extents.cpu(), border)  # (M,) each
     order = widths.argsort(descending=True, stable=True)
-    # Like widths share a canvas, and a canvas ends where it would grow too large.
+    # Boxes of one class of widths share a packing, which ends where it would grow too large.
     width_class = (widths[order].double().log() / math.log(_WIDTH_RATIO)).ceil().long()
-    limit = _CELLS_AT_ONCE_ON_CPU if extents.device.type == "cpu" else _CELLS_AT_ONCE
-    sheet = (heights * widths)[order].cumsum(0) // limit
-    _, counts = torch.unique_consecutive(torch.stack([width_class, sheet]), dim=1, return_counts=True)
+    limit = _MAX_CELLS_ON_CPU if extents.device.type == "cpu" else _MAX_CELLS
+    part = (heights * widths)[order].cumsum(0) // limit
+    _, counts = torch.unique_consecutive(torch.stack([width_class, part]), dim=1, return_counts=True)
     for masks in order.split(counts.tolist()):
         rows, columns = int(heights[masks].sum()), int(widths[masks].max())
-        yield _canvas(extents, masks.to(extents.device, non_blocking=True), rows, columns, grid, border)
+        yield _packed(extents, masks.to(extents.device, non_blocking=True), rows, columns, grid, border)
 
 
 def _sizes(extents: Tensor, border: int) -> tuple[Tensor, Tensor]:
@@ -101,9 +101,9 @@ def _sizes(extents: Tensor, border: int) -> tuple[Tensor, Tensor]:
     return heights, widths
 
 
-def _canvas(
+def _packed(
     extents: Tensor, masks: Tensor, rows: int, columns: int, grid: tuple[int, int], border: int
-) -> BoxCanvas:
+) -> PackedBoxes:
     heights, _ = _sizes(extents[masks], border)
     place = torch.repeat_interleave(
         torch.arange(len(masks), device=masks.device), heights, output_size=rows
@@ -115,7 +115,7 @@ def _canvas(
     column = torch.arange(columns, device=masks.device)  # (S,)
     grid_end = torch.where((row >= 0) & (row < grid[0]), grid[1] - first_column, 0)  # (R,)
     box_end = torch.where((row >= top) & (row < bottom), right - first_column, 0)  # (R,)
-    return BoxCanvas(
+    return PackedBoxes(
         grid=grid,
         mask=masks[place],
         row=row,

@@ -1,0 +1,31 @@
+"""Counts over all processes of a run."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def global_count(count: Tensor) -> Tensor:
+    """A loss's normalizer over all processes, divided by their number; the count itself in one process.
+
+    `DistributedDataParallel` averages gradients over the processes. A sum of losses that is divided by this
+    therefore has the gradient that one process with the whole batch would compute. Every process must call
+    it the same number of times in the same order, also with a count of 0.
+
+    Args:
+        count: of this process, any shape, without gradient.
+
+    Returns:
+        Of the same shape; floating point if there are several processes.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return count
+    total = count.detach().to(torch.float32, copy=True)
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def global_mean(values: Tensor) -> Tensor:
+    """The sum of this process's values (N,) over the global count of values; 0 without values."""
+    count = torch.full((), len(values), device=values.device)
+    return values.sum() / global_count(count).clamp(min=1)
