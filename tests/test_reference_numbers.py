@@ -203,7 +203,7 @@ def test_a_training_step_gives_each_box_the_confidence_and_mask_of_the_reference
     model([image], [target])
     pseudo = model.last_pseudo_masks
     assert_relative(pseudo.confidence, arrays(f"{case}_gt_confidence"))
-    box_masks = grid_targets([image], [target], 4, 32).box_masks
+    box_masks = grid_targets([image], [target], mask_grid([image], 4, 32)).box_masks
     for n, k in enumerate(chosen.tolist()):
         expected = (probabilities[k] > 0.5) & box_masks[n] if k >= 0 else torch.zeros(32, 40).bool()
         assert torch.equal(pseudo.masks[n], expected)

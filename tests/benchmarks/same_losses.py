@@ -3,13 +3,13 @@
     python -m tests.benchmarks.same_losses record FILE     # before the change
     python -m tests.benchmarks.same_losses compare FILE    # after it; exits 1 if a number has moved
 
-Batches, weights and random numbers are the same on both sides, on one thread. All losses, the norm of the
-gradient and the number of pseudo masks of each step are compared, relative to the largest value of each.
+Batches, initial weights (kept in FILE) and random numbers are the same on both sides, on one thread. All
+losses, the norm of the gradient and the number of pseudo masks of each step are compared, relative to the
+largest value of each.
 """
 
 import argparse
 import copy
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -110,10 +110,12 @@ def _run(segmenter: nn.Module, wrap: Callable[[nn.Module], nn.Module], masks: st
     return rows
 
 
-def _all_runs() -> dict[str, list[dict[str, float]]]:
+def _all_runs(weights: dict[str, dict[str, Tensor]]) -> dict[str, list[dict[str, float]]]:
+    """Every run from the initial weights of each network; those that are missing are added."""
     runs = {}
     for network in _NETWORKS:
         segmenter = _segmenter(network)
+        segmenter.load_state_dict(weights.setdefault(network, segmenter.state_dict()))
         for supervision, (wrap, masks) in _SUPERVISIONS.items():
             name = f"{network}, {supervision}"
             runs[name] = _run(copy.deepcopy(segmenter), wrap, masks)
@@ -141,12 +143,15 @@ def main() -> int:
     parser.add_argument("file", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    runs = _all_runs()
     if arguments.action == "record":
-        arguments.file.write_text(json.dumps(runs))
+        weights: dict[str, dict[str, Tensor]] = {}
+        runs = _all_runs(weights)
+        torch.save({"runs": runs, "weights": weights}, arguments.file)
         return 0
+    recorded = torch.load(arguments.file, weights_only=True)
+    runs = _all_runs(recorded["weights"])
     moved = False
-    for name, before in json.loads(arguments.file.read_text()).items():
+    for name, before in recorded["runs"].items():
         differences = _differences(before, runs[name])
         worst = max(differences, key=differences.__getitem__)
         moved |= differences[worst] > _TOLERANCE
