@@ -1,0 +1,146 @@
+"""Any source of pseudo masks in the teacher's place, and an EMA teacher by itself."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from boxteacher import BoxTeacher, EMATeacher, ProtocolError, PseudoMasks, PseudoMaskSource
+from boxteacher.grid import MaskGrid, mask_grid
+from boxteacher.losses import dice_loss
+from boxteacher.targets import grid_targets
+from tests.support import ScriptedSegmenter, filled, script, seeded_images, target
+from tests.teaching_support import IMAGES, PLAN, TARGETS, teacher_of
+
+CONFIDENCE = torch.tensor([0.9, 0.0, 0.4])
+
+
+def half_masks(images: list[Tensor], targets: list, grid: MaskGrid) -> PseudoMasks:
+    """The left half of each image, at its pixels, with a fixed confidence."""
+    masks = []
+    for image, each in zip(images, targets, strict=True):
+        at_pixels = torch.zeros(len(each["boxes"]), *image.shape[1:])
+        at_pixels[:, :, : image.shape[2] // 2] = 0.75
+        masks.append(grid.sample(at_pixels))
+    return PseudoMasks(torch.cat(masks), CONFIDENCE)
+
+
+def taught_by(source: PseudoMaskSource, **settings: float) -> BoxTeacher:
+    torch.manual_seed(0)
+    segmenter = ScriptedSegmenter()
+    return BoxTeacher(
+        segmenter, teacher=source, augmentation=nn.Identity(), warmup_steps=0, **settings
+    ).train()
+
+
+def test_a_plain_function_is_a_source():
+    model = taught_by(half_masks, pixel_weight=1.0)
+    losses = model(IMAGES, TARGETS)
+    pseudo = model.last_pseudo_masks
+    truth = grid_targets(IMAGES, TARGETS, mask_grid(IMAGES, 4, 16))
+    assert_close(pseudo.masks, half_masks(IMAGES, TARGETS, mask_grid(IMAGES, 4, 16)).masks * truth.box_masks)
+    assert torch.equal(pseudo.confidence, CONFIDENCE)
+    with torch.no_grad():
+        logits = model.student.maps(IMAGES)[[0, 0, 1]]
+    expected = (dice_loss(logits.sigmoid(), pseudo.masks) * CONFIDENCE).sum() / 2
+    assert_close(losses["loss_pixel"].detach(), expected)
+
+
+def test_with_a_source_evaluation_is_the_student_s_and_steps_are_still_counted():
+    model = taught_by(half_masks)
+    optimizer = torch.optim.SGD(model.student.parameters(), lr=0.1)
+    sum(model(IMAGES, TARGETS).values()).backward()
+    optimizer.step()
+    assert model.optimizer_steps == 1
+    assert model.segmenter is model.student
+    assert all(not name.startswith("teacher") for name in model.state_dict())
+    unwrapped = model.unwrap()
+    for name, value in model.student.state_dict().items():
+        assert torch.equal(unwrapped.state_dict()[name], value)
+    copied = copy.deepcopy(model)
+    assert copied.teacher is half_masks
+
+
+def test_the_parameters_of_a_source_are_not_trained_and_it_stays_in_evaluation_mode():
+    class Promptable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+            self.calls: list[tuple[bool, bool]] = []
+
+        def forward(self, images: list[Tensor], targets: list, grid: MaskGrid) -> PseudoMasks:
+            self.calls.append((self.training, torch.is_grad_enabled()))
+            return half_masks(images, targets, grid)
+
+    source = Promptable()
+    model = taught_by(source)
+    sum(model(IMAGES, TARGETS).values()).backward()
+    assert source.calls == [(False, False)]
+    assert not source.weight.requires_grad
+
+
+def test_an_annotated_mask_takes_the_place_of_a_source_s_with_its_own_confidence():
+    annotated = torch.rand(2, 48, 64) < 0.5
+    given = {
+        **TARGETS[0],
+        "masks": annotated,
+        "has_mask": torch.tensor([True, False]),
+        "mask_confidence": torch.tensor([0.25, 0.5]),
+    }
+    model = taught_by(half_masks)
+    model(IMAGES, [given, TARGETS[1]])
+    pseudo = model.last_pseudo_masks
+    assert_close(pseudo.confidence, torch.tensor([0.25, 0.0, 0.4]))
+    assert torch.equal(pseudo.masks[0] > 0, annotated[0, 2::4, 2::4])
+
+
+def test_a_source_that_gives_the_wrong_shape_is_named():
+    def transposed(images: list[Tensor], targets: list, grid: MaskGrid) -> PseudoMasks:
+        pseudo = half_masks(images, targets, grid)
+        return PseudoMasks(pseudo.masks.mT, pseudo.confidence)
+
+    with pytest.raises(ProtocolError, match=r"gave pseudo masks \(3, 16, 12\).*\(3, 12, 16\)"):
+        taught_by(transposed)(IMAGES, TARGETS)
+
+
+def test_an_ema_teacher_by_itself_gives_what_it_gives_in_a_training_step():
+    model = teacher_of(PLAN)
+    model(IMAGES, TARGETS)
+    expected = model.last_pseudo_masks
+    grid = mask_grid(IMAGES, 4, 16)
+    alone = EMATeacher(ScriptedSegmenter(PLAN))(IMAGES, TARGETS, grid)
+    assert torch.equal(alone.masks & grid_targets(IMAGES, TARGETS, grid).box_masks, expected.masks)
+    assert torch.equal(alone.confidence, expected.confidence)
+    assert isinstance(model.teacher, PseudoMaskSource)
+
+
+def test_a_teacher_of_another_stride_and_divisor_finds_the_same_mask():
+    """A teacher on a grid of stride 8 teaches a student on one of stride 4."""
+
+    class Coarse(ScriptedSegmenter):
+        mask_stride = 8
+        size_divisor = 8
+
+        def maps(self, images: list[Tensor]) -> Tensor:
+            return torch.zeros(len(images), 6, 8)
+
+    box = (8, 8, 40, 40)
+    coarse = filled((1, 1, 5, 5), 6, 8).float()[None] * 20 - 10
+    source = EMATeacher(Coarse(script((0, box, 0.8), logits=coarse)))
+    (image,) = seeded_images((48, 64))
+    pseudo = source([image], [target(box)], mask_grid([image], 4, 32))
+    assert pseudo.masks.shape == (1, 16, 16)
+    # The student's cells are those of pixels 2, 6, …; the coarse mask's edges lie half a coarse cell inside.
+    expected = filled((2, 2, 10, 10), 16, 16)
+    assert (pseudo.masks[0] ^ expected).sum() <= 4 * 8
+    assert pseudo.masks[0, 4:8, 4:8].all()
+    assert not pseudo.masks[0, 12:].any()
+    assert pseudo.confidence > 0.8
+
+
+def test_a_batch_without_boxes_gives_no_masks():
+    pseudo = EMATeacher(ScriptedSegmenter(PLAN))(IMAGES, [target(), target()], mask_grid(IMAGES, 4, 16))
+    assert pseudo.masks.shape == (0, 12, 16)
+    assert pseudo.confidence.shape == (0,)
