@@ -2,13 +2,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint
+.PHONY: demo test test-all lint
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
 	$(BIN)/boxteacher demo --output runs/demo
 
 test: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/installed
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/installed

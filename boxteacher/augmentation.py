@@ -1,4 +1,4 @@
-"""The student's view: changed in colour and sharpness, never in geometry."""
+"""The student's view: changed in color and sharpness, never in geometry."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ _BLUR_KERNEL = 9
 
 
 class StrongAugmentation(nn.Module):
-    """Photometric augmentation, drawn for each image by itself and computed on the image's device.
+    """Photometric augmentation, sampled for each image by itself and computed on the image's device.
 
-    Colour jitter (brightness, contrast, saturation 0.4, hue 0.1) with probability 0.8, greyscale with 0.2,
+    Color jitter (brightness, contrast, saturation 0.4, hue 0.1) with probability 0.8, grayscale with 0.2,
     Gaussian blur (sigma 0.1 to 2 pixels) with 0.5, as in BoxTeacher, Sec. 4.1.
 
     Args:

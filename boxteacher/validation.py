@@ -83,7 +83,7 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 def check_images(images: Sequence[Tensor]) -> None:
     """Raises InputError unless `images` is a list of RGB images in [0, 1], naming the one that is not.
 
-    Values are looked at only on the CPU, so nothing waits for another device.
+    Values are checked on the CPU only, so that no other device is synchronized with.
     """
     if isinstance(images, Tensor):
         raise InputError(f"images is one tensor {tuple(images.shape)}: give a list of (3, H, W)")
@@ -107,7 +107,8 @@ def check_images(images: Sequence[Tensor]) -> None:
 def check_batch(images: Sequence[Tensor], targets: Sequence[Target] | None) -> list[Target]:
     """The targets, if they fit the images.
 
-    Shapes, types and devices are looked at; values only on the CPU, so nothing waits for another device.
+    Shapes, types and devices are checked; values on the CPU only, so that no other device is synchronized
+    with.
 
     Raises:
         InputError: naming the image's position in the batch, what is wrong with it and the remedy.

@@ -1,9 +1,9 @@
-"""Trains Mask2Former from boxes alone, as a page to copy and edit.
+"""Trains any of the segmenters from boxes alone, as a page to copy and edit.
 
-    python examples/train_mask2former.py --data DIR --output RUN
+    python examples/train.py --model condinst --data DIR --output RUN
 
-DIR holds `annotations/{train,val}.json` with `{train,val}/` or COCO's own layout. `boxteacher train` adds
-checks, logs, checkpoints on the way, and more settings.
+DIR holds COCO JSON: `annotations/{train,val}.json` with `{train,val}/`, or COCO's own layout. `boxteacher
+train` adds checks, logs, checkpoints on the way, and more settings.
 """
 
 import argparse
@@ -12,16 +12,17 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, RandomSampler
 
-from boxteacher import BoxTeacher
-from boxteacher.data import CocoInstances, collate, find_split, training_transform
+from boxteacher import BoxTeacher, EMATeacher
+from boxteacher.data import InstanceDataset, collate, read_split, training_transform
 from boxteacher.engine.checkpoint import SegmenterInfo, save_checkpoint
 from boxteacher.engine.devices import pick_device, to_device
 from boxteacher.engine.evaluate import evaluate
-from boxteacher_adapters.mask2former import build_mask2former
+from boxteacher.engine.segmenters import build_segmenter, segmenter_names
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--model", choices=segmenter_names(), default="condinst")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--backbone", default="resnet50")
@@ -33,25 +34,21 @@ def main() -> None:
 
     torch.manual_seed(0)
     device = pick_device("auto")
-    split = find_split(arguments.data, "train")
-    data = CocoInstances(
-        split.images,
-        split.annotations,
-        transform=training_transform(arguments.image_size),
-        ignored_bottom_rows=10 if split.is_coco else 0,
-    )
+    index = read_split(arguments.data, "train")
+    data = InstanceDataset(index, transform=training_transform(arguments.image_size))
     sampler = RandomSampler(data, num_samples=arguments.steps * arguments.batch_size)
     loader = DataLoader(data, arguments.batch_size, sampler=sampler, collate_fn=collate, num_workers=2)
 
-    segmenter = build_mask2former(
-        len(data.class_names),
+    segmenter = build_segmenter(
+        arguments.model,
+        len(index.class_names),
         backbone=arguments.backbone,
         weights=arguments.weights,
         image_size=arguments.image_size,
     )
     model = BoxTeacher(
         segmenter,
-        momentum=0.99,
+        teacher=EMATeacher(segmenter, momentum=0.99),
         warmup_steps=arguments.steps // 5,
         pseudo_warmup_steps=arguments.steps,
     )
@@ -72,7 +69,7 @@ def main() -> None:
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     info = SegmenterInfo(
-        "mask2former", arguments.backbone, arguments.image_size, data.class_names, data.category_ids
+        arguments.model, arguments.backbone, arguments.image_size, index.class_names, index.category_ids
     )
     checkpoint = arguments.output / "last.pt"
     save_checkpoint(checkpoint, model.segmenter, info)
