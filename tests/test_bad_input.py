@@ -1,5 +1,6 @@
 """Whatever is wrong with what was given is said in one line, before anything is trained or written."""
 
+import gc
 import json
 import math
 import shutil
@@ -196,7 +197,9 @@ def test_prediction_of_broken_or_twin_images_writes_nothing(run, shapes, tmp_pat
         assert not out.exists()
 
 
-def test_a_picture_that_breaks_during_training_is_named_by_the_worker(shapes, tmp_path, capsys):
+def test_a_picture_that_breaks_during_training_is_named_by_the_worker(shapes, tmp_path, capsys, monkeypatch):
+    # Torch waits so long for a worker whose loader ended in an error; five seconds otherwise.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
     data = tmp_path / "data"
     shutil.copytree(shapes, data)
     content = json.loads((data / "annotations" / "train.json").read_text())
@@ -211,6 +214,7 @@ def test_a_picture_that_breaks_during_training_is_named_by_the_worker(shapes, tm
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith(f"boxteacher: error: {data / 'train'}")
     assert "Traceback" not in error
+    gc.collect()
 
 
 def test_a_broken_validation_picture_is_found_before_training(shapes, tmp_path, capsys):

@@ -87,7 +87,7 @@ def test_seeds_differ_beyond_the_32_bits_that_torch_s_generator_takes():
 
 
 def test_loading_a_sample_leaves_every_generator_alone(data, monkeypatch):
-    """`torch.manual_seed` would seed the GPU's too, from which the student's augmentation draws."""
+    """`torch.manual_seed` would seed the GPU's too, which the student's augmentation uses."""
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPU's was seeded"))
     state = torch.random.get_rng_state()
     SeededSamples(data, seed=0)[5, 2]

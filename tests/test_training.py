@@ -172,7 +172,7 @@ def test_one_step_of_sgd_goes_as_far_as_its_clipped_gradient(shapes, tmp_path, c
     ],
 )
 def test_one_image_of_one_cell_is_refused_before_a_batch_norm_fails(shapes, tmp_path, capsys, image, refused):
-    """Training draws the longest side from 0.8 of --image-size: 32 of 41, and 33 of 42."""
+    """Training samples the longest side from 0.8 of --image-size: 32 of 41, and 33 of 42."""
     arguments = [*train_arguments(shapes, tmp_path), "--steps", "1", "--batch-size", "1", *image]
     if not refused:
         assert main(arguments) == 0

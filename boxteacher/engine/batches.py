@@ -87,7 +87,7 @@ def training_batches(
         num_workers=settings.workers,
         collate_fn=collate,
         pin_memory=settings.device.startswith("cuda"),
-        generator=torch.Generator(),  # the loader would otherwise draw from the global one
+        generator=torch.Generator(),  # otherwise the loader takes a seed from the global one
     )
     device = torch.device(settings.device)
     return (to_device(images, targets, device) for images, targets in loader)

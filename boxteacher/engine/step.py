@@ -23,7 +23,7 @@ def take_step(
         gradient_clip: maximum norm of the gradient; 0: no clipping.
 
     Returns:
-        Losses, the gradient's norm, what is to be known of the pseudo masks, and the learning rate.
+        Losses, the gradient's norm, number and mean confidence of the pseudo masks, and the learning rate.
 
     Raises:
         FloatingPointError: a loss or the gradient is infinite or NaN; the weights are as they were.
@@ -33,7 +33,7 @@ def take_step(
     torch.stack(list(losses.values())).sum().backward()
     norm = nn.utils.clip_grad_norm_(state.model.student.parameters(), gradient_clip or math.inf)
     scalars = {**losses, "gradient_norm": norm, **_pseudo_masks(state.model)}
-    # All in one transfer: the step synchronizes with the device here alone.
+    # All in one transfer, which costs one synchronization.
     values = torch.stack([scalar.detach().float() for scalar in scalars.values()]).tolist()
     numbers = dict(zip(scalars, values, strict=True))
     _check_finite(numbers, state, targets)
@@ -45,7 +45,6 @@ def take_step(
 
 
 def _pseudo_masks(model: Supervision) -> dict[str, Tensor]:
-    """How many pseudo masks the batch has, and their mean confidence."""
     if not isinstance(model, BoxTeacher) or model.last_pseudo_masks is None:
         return {}
     confidence = model.last_pseudo_masks.confidence  # (T,)
