@@ -5,9 +5,9 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from boxteacher import __version__
 from boxteacher.errors import InputError
@@ -18,10 +18,11 @@ _EXIT_DIVERGED = 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 for bad input, 3 for a loss that is not finite."""
-    arguments = _parser().parse_args(argv)
+    options = vars(_parser().parse_args(argv))
+    command = options.pop("command")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        arguments.command(arguments)
+        command(**options)
     except InputError as error:
         print(f"boxteacher: error: {_last_line(error)}", file=sys.stderr)
         return _EXIT_BAD_INPUT
@@ -39,25 +40,21 @@ def _last_line(error: InputError) -> str:
     return str(error).strip().splitlines()[-1].removeprefix("boxteacher.errors.InputError: ")
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def _train(recipe: str | None, **given: Any) -> None:
     from boxteacher.engine.recipes import find_recipe
     from boxteacher.engine.settings import TrainSettings
     from boxteacher.engine.train import train
 
-    values: dict[str, Any] = {}
-    if arguments.recipe is not None:
-        values = {**find_recipe(arguments.recipe).settings, "output": Path("runs") / arguments.recipe}
-    for field in fields(TrainSettings):
-        given = getattr(arguments, field.name)
-        if given is not None:
-            values[field.name] = tuple(given) if isinstance(given, list) else given
-    missing = [f"--{name}" for name in ("model", "output") if name not in values]
+    if recipe is not None:
+        given = {**find_recipe(recipe).settings, "output": Path("runs") / recipe, **given}
+    required = [field.name for field in fields(TrainSettings) if field.default is MISSING]
+    missing = [f"--{name}" for name in required if name not in given]
     if missing:
-        raise InputError(f"{' and '.join(missing)} must be given: add that, or a --recipe, which has both")
-    print(train(TrainSettings(**values)))
+        raise InputError(f"{' and '.join(missing)} must be given: a --recipe needs --data alone")
+    print(train(TrainSettings(**given)))
 
 
-def _recipes(arguments: argparse.Namespace) -> None:
+def _recipes() -> None:
     from boxteacher.engine.recipes import find_recipe, recipe_names
 
     names = recipe_names()
@@ -65,49 +62,38 @@ def _recipes(arguments: argparse.Namespace) -> None:
         print(f"{name:{max(map(len, names))}}  {find_recipe(name).summary}")
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+def _evaluate(**options: Any) -> None:
     from boxteacher.engine.evaluate import evaluate
 
-    evaluation = evaluate(
-        arguments.checkpoint, arguments.data, device=arguments.device, workers=arguments.workers
-    )
+    evaluation = evaluate(**options)
     print(evaluation.table)
     print(json.dumps(evaluation.metrics))
 
 
-def _predict(arguments: argparse.Namespace) -> None:
+def _predict(**options: Any) -> None:
     from boxteacher.engine.predict import predict
 
-    print(
-        predict(
-            arguments.checkpoint,
-            arguments.images,
-            arguments.output,
-            score_threshold=arguments.score_threshold,
-            device=arguments.device,
-        )
-    )
+    print(predict(**options))
 
 
-def _convert(arguments: argparse.Namespace) -> None:
+def _convert(**options: Any) -> None:
     from boxteacher.engine.convert import convert
 
-    print(convert(arguments.source, arguments.destination))
+    print(convert(**options))
 
 
-def _export(arguments: argparse.Namespace) -> None:
+def _export(**options: Any) -> None:
     from boxteacher.engine.export import export
 
-    size = None if arguments.image_size is None else tuple(arguments.image_size)
-    print(export(arguments.checkpoint, arguments.output, image_size=size, image=arguments.image))
+    print(export(**options))
 
 
-def _demo(arguments: argparse.Namespace) -> None:
+def _demo(**options: Any) -> None:
     from boxteacher.engine.demo import run_demo
 
-    evaluation, picture = run_demo(arguments.output, steps=arguments.steps)
+    evaluation, picture = run_demo(**options)
     print(evaluation.table)
-    print(f"masks drawn on validation images: {picture}")
+    print(f"masks on validation images: {picture}")
     print(json.dumps(evaluation.metrics))
 
 
@@ -118,152 +104,58 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    from boxteacher.engine.options import add_options
+    from boxteacher.engine.settings import TrainSettings
+
     parser = _Parser(
         prog="boxteacher", description="Instance segmentation from boxes alone: train, evaluate, predict."
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_train(commands.add_parser("train", help="train a segmenter on a folder of images and boxes"))
-    commands.add_parser("recipes", help="list what `train --recipe` knows").set_defaults(command=_recipes)
-    _add_evaluate(commands.add_parser("evaluate", help="COCO's average precision on the validation split"))
-    _add_predict(commands.add_parser("predict", help="draw masks on images"))
-    _add_convert(commands.add_parser("convert", help="released weights to a checkpoint of this library"))
-    _add_export(commands.add_parser("export", help="state dict, torch.export program or ONNX of a segmenter"))
-    _add_demo(commands.add_parser("demo", help="a data set of its own, boxes alone, masks in minutes"))
-    return parser
 
+    def add_command(run: Callable[..., None], help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(run.__name__.removeprefix("_"), help=help)
+        command.set_defaults(command=run)
+        return command
 
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(command=_train)
-    add = parser.add_argument
-    add("--recipe", help="settings of a whole run, which other options change (see `boxteacher recipes`)")
-    add("--model", help="condinst, solov2, mask2former, mask_rcnn, or another package's")
-    add("--backbone", help="resnet50 (default), swin_t, resnet50_caffe, efficientnet_lite0, … (see README)")
-    add("--data", type=Path, required=True, help="folder with annotations/ and the images (COCO format)")
-    add("--output", type=Path, help="folder of this run, without another (default of a recipe: runs/RECIPE)")
-    add(
-        "--supervision",
-        choices=("teacher", "box", "mask"),
-        help="teacher (default): boxes, colours and pseudo masks; box: boxes and colours; mask: drawn masks",
-    )
-    add(
-        "--weights",
-        type=_weights,
-        help="a file, of the backbone or of the whole model; 'imagenet' (default; downloaded once) or 'none'",
-    )
-    add("--seed", type=int, help="of everything random (default 0)")
-    add("--device", help="auto (default), cpu, cuda, cuda:1, …")
-    add("--workers", type=_count, help="processes that load images (default 2)")
-    add("--warmup-steps", type=_count, help="of the colour-pairwise loss (default: a fifth of the run)")
-    add("--pseudo-warmup-steps", type=_count, help="of the losses from pseudo masks (default: the whole run)")
-    add("--momentum", type=float, help="of the teacher (default: a memory of a tenth of the run)")
-    add("--iou-threshold", type=float, help="least IoU of a pseudo mask's box with its box (default 0.5)")
-    add(
-        "--teacher-size",
-        type=_positive,
-        nargs="*",
-        metavar="PIXELS",
-        help="shortest and greatest longest side of the teacher's images (default: the student's images)",
-    )
-    add(
-        "--teacher-dtype",
-        choices=("float32", "bfloat16"),
-        help="what the teacher computes in (default float32)",
-    )
-    add(
-        "--teacher-interval",
-        type=_positive,
-        help="optimizer steps from one question to the teacher to the next (default 1)",
-    )
-    add(
-        "--quality-at",
-        choices=("grid", "image"),
-        help="where a pseudo mask's quality is measured: on the mask grid (default) or at the image's pixels",
-    )
-    _add_images(parser.add_argument_group("images").add_argument)
-    _add_optimization(parser.add_argument_group("optimization").add_argument)
+    train = add_command(_train, "train a segmenter on a folder of images and boxes")
+    train.add_argument("--recipe", help="name of a whole run's settings (see `boxteacher recipes`)")
+    add_options(train, TrainSettings)
+    add_command(_recipes, "list what `train --recipe` knows")
 
+    evaluate = add_command(_evaluate, "COCO's average precision on the validation split")
+    evaluate.add_argument("checkpoint", type=Path, help="RUN/last.pt")
+    evaluate.add_argument("--data", type=Path, required=True, help="folder with annotations/ and the images")
+    evaluate.add_argument("--device", default="auto", help="auto (default), cpu, cuda, …")
+    evaluate.add_argument("--workers", type=_count, default=2, help="processes that load images (default: 2)")
 
-def _add_images(add: Callable[..., Any]) -> None:
-    add("--batch-size", type=_positive, help="images per step (default 4)")
-    add("--image-size", type=_positive, help="longest side in pixels (default 512)")
-    add(
-        "--shortest-side",
-        type=_positive,
-        nargs="*",
-        metavar="PIXELS",
-        help="draw the shortest side from these, the longest being at most --image-size (default: off)",
-    )
-    add(
-        "--augmentation",
-        choices=("none", "strong", "stronger"),
-        help="of the student's view under the teacher: none; colours; colours and blur (default stronger)",
-    )
-    add("--mask-samples", type=_positive, help="masks per image in training (default: the segmenter's own)")
+    predict = add_command(_predict, "masks on images, as pictures and as COCO results")
+    predict.add_argument("checkpoint", type=Path, help="RUN/last.pt")
+    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image file")
+    predict.add_argument("--output", type=Path, required=True, help="folder for pictures and results.json")
+    predict.add_argument("--score-threshold", type=float, default=0.6, help="minimum score (default: 0.6)")
+    predict.add_argument("--device", default="auto", help="auto (default), cpu, cuda, …")
 
+    convert = add_command(_convert, "released weights to a checkpoint of this library")
+    convert.add_argument("source", type=Path, metavar="IN", help="released weights, .pth or .pkl")
+    convert.add_argument("destination", type=Path, metavar="OUT", help="new file")
 
-def _add_optimization(add: Callable[..., Any]) -> None:
-    add("--steps", type=_positive, help="optimizer steps (default 5000)")
-    add("--optimizer", choices=("adamw", "sgd"), help="adamw (default), or sgd with momentum 0.9")
-    add("--lr", type=float, help="highest learning rate (default 3e-4)")
-    add("--backbone-lr-factor", type=float, help="of the backbone's learning rate (default 1)")
-    add("--lr-warmup-steps", type=_count, help="of the learning rate (default: a twentieth, at most 500)")
-    add(
-        "--lr-steps",
-        type=_positive,
-        nargs="*",
-        metavar="STEP",
-        help="the learning rate falls to a tenth after each; without any, in a cosine (default)",
-    )
-    add("--weight-decay", type=float, help="of linear and convolutional layers' weights (default 0.05)")
-    add("--gradient-clip", type=float, help="greatest norm of the gradient, 0 for any (default 10)")
-
-
-def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(command=_evaluate)
-    parser.add_argument("checkpoint", type=Path, help="RUN/last.pt")
-    parser.add_argument("--data", type=Path, required=True, help="folder with annotations/ and the images")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, …")
-    parser.add_argument("--workers", type=_count, default=2, help="processes that load images (default 2)")
-
-
-def _add_predict(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(command=_predict)
-    parser.add_argument("checkpoint", type=Path, help="RUN/last.pt")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
-    parser.add_argument("--output", type=Path, required=True, help="folder for pictures and results.json")
-    parser.add_argument("--score-threshold", type=float, default=0.6, help="least score shown (default 0.6)")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, …")
-
-
-def _add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(command=_convert)
-    parser.add_argument("source", type=Path, metavar="IN", help="released weights, .pth or .pkl")
-    parser.add_argument("destination", type=Path, metavar="OUT", help="file to write; must not exist")
-
-
-def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(command=_export)
-    parser.add_argument("checkpoint", type=Path, help="RUN/last.pt")
-    parser.add_argument(
-        "output",
-        type=Path,
-        help="file to write, which must not exist: .pt (plain state dict), .pt2 (torch.export) or .onnx",
-    )
-    parser.add_argument(
+    export = add_command(_export, "state dict, torch.export program or ONNX of a segmenter")
+    export.add_argument("checkpoint", type=Path, help="RUN/last.pt")
+    export.add_argument("output", type=Path, help="new file: .pt (state dict), .pt2 (torch.export) or .onnx")
+    export.add_argument(
         "--image-size",
         type=_positive,
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
-        help="that .pt2 and .onnx take images of (default: the longest side of training, twice)",
+        help="size of the images that .pt2 and .onnx take (default: a square of training's longest side)",
     )
-    parser.add_argument("--image", type=Path, help="to check the file with (default: random pixels)")
+    export.add_argument("--image", type=Path, help="image to check the file with (default: random pixels)")
 
-
-def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(command=_demo)
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="default runs/demo")
-    parser.add_argument("--steps", type=_positive, default=400, help="optimizer steps (default 400)")
+    demo = add_command(_demo, "a data set of its own, boxes alone, masks in minutes")
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
+    demo.add_argument("--steps", type=_positive, default=400, help="optimizer steps (default: 400)")
+    return parser
 
 
 def _positive(text: str) -> int:
@@ -278,12 +170,6 @@ def _count(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"{number} is less than 0")
     return number
-
-
-def _weights(text: str) -> Path | Literal["imagenet", "none"]:
-    if text == "imagenet" or text == "none":
-        return text  # type: ignore[return-value]
-    return Path(text)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torchvision.ops import StochasticDepth
 
 from boxteacher import BoxTeacher, EMATeacher
 from boxteacher.engine.segmenters import build_segmenter
-from boxteacher.engine.weights import as_whole_model, fill
+from boxteacher.engine.weights import fill
 from boxteacher.grid import pad_images
 from boxteacher_adapters.checkpoints import recognise
 from boxteacher_adapters.released_keys import SCALES, condinst_name
@@ -54,11 +54,11 @@ def load_released(name: str, folder: Path, noise: float = 0.0) -> Released:
 
 def _network(shapes: Shapes) -> nn.Module:
     path = Path("released.pth")
-    whole = as_whole_model(recognise(stand_in_checkpoint(shapes), path), path)
+    whole = recognise(stand_in_checkpoint(shapes), path)
     segmenter = build_segmenter(
         whole.model, whole.num_classes, backbone=whole.backbone, weights="none", image_size=1333
     )
-    assert fill(segmenter, whole.num_classes, whole) == []
+    assert fill(segmenter, whole.num_classes, whole, path) == []
     segmenter.backbone.freeze()
     return segmenter.eval()
 

@@ -1,5 +1,6 @@
 """Whatever is wrong with what was given is said in one line, before anything is trained or written."""
 
+import gc
 import json
 import math
 import shutil
@@ -27,6 +28,10 @@ from tests.engine_support import (
         ["--momentum", "2"],
         ["--momentum", "-0.1"],
         ["--steps", "0"],
+        ["--batch-size", "-1"],
+        ["--workers", "-1"],
+        ["--image-size", "x"],
+        ["--teacher-size", "800", "640"],
         ["--supervision", "boxes"],
     ],
 )
@@ -37,7 +42,7 @@ def test_numbers_that_make_no_sense_are_refused_in_one_line(shapes, tmp_path, ca
         code = refused.code
     error = capsys.readouterr().err
     assert code == 2
-    assert values[0].strip("-") in error
+    assert values[0].strip("-").replace("-", "_") in error.replace("-", "_")
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
@@ -114,17 +119,6 @@ def test_a_setting_that_names_nothing_is_named(shapes, tmp_path, capsys, option,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("--steps", "0"), ("--batch-size", "-1"), ("--workers", "-1"), ("--image-size", "x")],
-)
-def test_numbers_out_of_range_are_refused_by_the_parser(shapes, tmp_path, capsys, option, value):
-    with pytest.raises(SystemExit) as caught:
-        main(train_arguments(shapes, tmp_path / "run", option, value))
-    assert caught.value.code == 2
-    assert option in capsys.readouterr().err
-
-
 def test_an_image_with_more_boxes_than_queries_is_named_before_the_training(shapes, tmp_path, capsys):
     def crowded(content: dict[str, Any]) -> None:
         record = annotation(content)
@@ -148,7 +142,9 @@ WRONG_INFO = {
 }
 
 
-def broken_checkpoints(run: Path, folder: Path) -> dict[str, Path]:
+@pytest.fixture(scope="module")
+def broken_checkpoints(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("broken")
     content = torch.load(run / "last.pt", weights_only=True)
     paths = {name: folder / f"{name}.pt" for name in (*UNREADABLE, *WRONG_INFO, "text")}
     paths["empty"].write_bytes(b"")
@@ -166,10 +162,10 @@ def broken_checkpoints(run: Path, folder: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("kind", [*UNREADABLE, *WRONG_INFO, "text"])
-def test_a_broken_checkpoint_is_named_in_one_line(run, shapes, tmp_path, capsys, kind):
-    path = broken_checkpoints(run, tmp_path)[kind]
+def test_a_broken_checkpoint_is_named_in_one_line(broken_checkpoints, shapes, capsys, kind):
+    path = broken_checkpoints[kind]
     assert str(path) in error_of(["evaluate", str(path), "--data", str(shapes), "--workers", "0"], capsys)
-    assert not (tmp_path / "metrics.json").exists()
+    assert not (path.parent / "metrics.json").exists()
 
 
 def test_an_evaluation_on_foreign_categories_is_refused(run, shapes, tmp_path, capsys):
@@ -201,7 +197,9 @@ def test_prediction_of_broken_or_twin_images_writes_nothing(run, shapes, tmp_pat
         assert not out.exists()
 
 
-def test_a_picture_that_breaks_during_training_is_named_by_the_worker(shapes, tmp_path, capsys):
+def test_a_picture_that_breaks_during_training_is_named_by_the_worker(shapes, tmp_path, capsys, monkeypatch):
+    # Torch waits so long for a worker whose loader ended in an error; five seconds otherwise.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
     data = tmp_path / "data"
     shutil.copytree(shapes, data)
     content = json.loads((data / "annotations" / "train.json").read_text())
@@ -216,6 +214,7 @@ def test_a_picture_that_breaks_during_training_is_named_by_the_worker(shapes, tm
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith(f"boxteacher: error: {data / 'train'}")
     assert "Traceback" not in error
+    gc.collect()
 
 
 def test_a_broken_validation_picture_is_found_before_training(shapes, tmp_path, capsys):

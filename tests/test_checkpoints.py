@@ -14,7 +14,7 @@ from boxteacher.cli import main
 from boxteacher.data.coco_categories import COCO_CATEGORIES
 from boxteacher.engine.checkpoint import load_checkpoint
 from boxteacher.engine.segmenters import build_segmenter
-from boxteacher.engine.weights import as_whole_model, build_with_weights, fill
+from boxteacher.engine.weights import build_with_weights, fill
 from boxteacher.errors import InputError
 from boxteacher_adapters.checkpoints import recognise
 from boxteacher_adapters.parts.backbones import build_backbone
@@ -52,7 +52,7 @@ def test_every_entry_of_a_released_checkpoint_has_its_place(name):
         segmenter = build_segmenter(
             released.model, 80, backbone=released.backbone, weights="none", image_size=1333
         )
-    assert fill(segmenter, 80, as_whole_model(released, PATH)) == []
+    assert fill(segmenter, 80, released, PATH) == []
     mine = [key for key in state if not key.startswith("student.")]
     scales = [key for key in mine if ".scales." in key]
     assert len(released.weights) + len(released.left_out) == len(mine) - len(scales) + bool(scales)
@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_said(change, message):
             "condinst", 80, backbone="resnet50_caffe", weights="none", image_size=1333
         )
     with pytest.raises(InputError, match=message):
-        fill(segmenter, 80, as_whole_model(recognise(state, PATH), PATH))
+        fill(segmenter, 80, recognise(state, PATH), PATH)
 
 
 def test_backbones_that_cannot_be_built_are_named():
@@ -149,9 +149,9 @@ def test_a_converted_checkpoint_finds_what_the_original_does(teacher_file, tmp_p
 
 def test_a_released_solov2_finds_what_the_original_does():
     expected = reference("forward_solov2_r50")
-    whole = as_whole_model(recognise(stand_in_checkpoint(released_shapes("solov2_r50")), PATH), PATH)
+    released = recognise(stand_in_checkpoint(released_shapes("solov2_r50")), PATH)
     segmenter = build_segmenter("solov2", 80, backbone="resnet50_caffe", weights="none", image_size=1333)
-    fill(segmenter, 80, whole)
+    fill(segmenter, 80, released, PATH)
     with torch.no_grad():
         found = segmenter.eval()([expected(f"image_{i}") / 255 for i in range(2)])
     for i in range(2):

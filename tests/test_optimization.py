@@ -1,11 +1,13 @@
-"""The optimizers and schedules of a run, against torch's own and closed forms."""
+"""The optimizers and schedules of a run, against closed forms."""
 
+import math
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -39,53 +41,39 @@ def rates(values: TrainSettings, steps: int) -> list[float]:
     return taken
 
 
-def rates_of_torch(schedule: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
-    taken = []
-    for _ in range(steps):
-        taken.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return taken
+def closed_form(values: TrainSettings, step: int) -> float:
+    """Factor of the learning rate of a step, counted from 0."""
+    warmup = values.lr_warmup_steps
+    rise = min(1.0, (step + 1) / max(1, warmup))
+    if values.lr_steps:
+        return rise * 0.1 ** bisect_right(values.lr_steps, step)
+    angle = math.pi * max(0, step - warmup) / max(1, values.steps - warmup)
+    return rise * 0.5 * (1 + math.cos(angle))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
-    warmup=st.integers(2, 40),
-    milestones=st.sets(st.integers(1, 70), min_size=1, max_size=3).map(sorted),
+    warmup=st.integers(0, 90),
+    milestones=st.sets(st.integers(1, 70), max_size=3).map(sorted).map(tuple),
     optimizer=st.sampled_from(["sgd", "adamw"]),
 )
-def test_milestones_are_those_of_torch_with_its_linear_warm_up(warmup, milestones, optimizer):
-    lr = torch.optim.lr_scheduler
-    reference = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.01)
-    schedule = lr.ChainedScheduler(
-        [
-            lr.LinearLR(reference, start_factor=1 / warmup, total_iters=warmup - 1),
-            lr.MultiStepLR(reference, milestones, gamma=0.1),
-        ]
-    )
-    ours = rates(
-        made(lr=0.01, steps=80, optimizer=optimizer, lr_warmup_steps=warmup, lr_steps=tuple(milestones)), 80
-    )
-    # torch multiplies step after step: 80 roundings of float64
-    assert ours == pytest.approx(rates_of_torch(schedule, reference, 80), rel=1e-12)
+@example(warmup=0, milestones=(), optimizer="sgd")
+@example(warmup=1, milestones=(), optimizer="sgd")
+def test_learning_rates_are_those_of_the_closed_form(warmup, milestones, optimizer):
+    values = made(lr=0.01, steps=80, optimizer=optimizer, lr_warmup_steps=warmup, lr_steps=milestones)
+    expected = [0.01 * closed_form(values, step) for step in range(80)]
+    assert rates(values, 80) == pytest.approx(expected, rel=1e-12, abs=0)
 
 
-@settings(max_examples=10, deadline=None)
-@given(warmup=st.integers(2, 40))
-def test_the_cosine_is_that_of_torch_after_its_linear_warm_up(warmup):
-    lr = torch.optim.lr_scheduler
-    reference = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.01)
-    schedule = lr.SequentialLR(
-        reference,
-        [
-            lr.LinearLR(reference, start_factor=1 / warmup, total_iters=warmup - 1),
-            lr.CosineAnnealingLR(reference, T_max=80 - warmup),
-        ],
-        milestones=[warmup],
-    )
-    expected = rates_of_torch(schedule, reference, 80)
-    # torch's recursion loses digits as the rate goes to nothing
-    assert rates(made(lr=0.01, steps=80, lr_warmup_steps=warmup), 80) == pytest.approx(expected, abs=1e-10)
+def test_the_backbone_s_rate_goes_with_the_other():
+    values = made(lr=0.01, steps=20, lr_warmup_steps=4, backbone_lr_factor=0.1)
+    optimizer = build_optimizer(Tiny(), values)
+    schedule = build_schedule(optimizer, values)
+    for step in range(20):
+        head, _, body, _ = schedule.get_last_lr()
+        assert (head, body) == pytest.approx((0.01 * closed_form(values, step), head / 10), rel=1e-12)
+        optimizer.step()
+        schedule.step()
 
 
 def test_no_warm_up_begins_at_the_full_rate():
@@ -94,7 +82,7 @@ def test_no_warm_up_begins_at_the_full_rate():
 
 @pytest.mark.parametrize(("steps", "expected"), [(10, 1), (1000, 50), (100_000, 500)])
 def test_the_warm_up_scales_with_the_run(steps, expected):
-    assert made(steps=steps).resolved().lr_warmup_steps == expected
+    assert made(steps=steps).lr_warmup_steps == expected
     assert rates(made(lr=1.0, steps=steps), 1) == [pytest.approx(1 / expected)]
 
 
@@ -154,27 +142,3 @@ def test_milestones_that_are_never_reached_are_told(caplog):
     caplog.clear()
     build_schedule(build_optimizer(Tiny(), made()), made(steps=20, lr_steps=(19, 30)))
     assert not caplog.text
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("optimizer", "adam"),
-        ("augmentation", "weak"),
-        ("backbone_lr_factor", 0.0),
-        ("weight_decay", -1e-4),
-        ("weight_decay", float("nan")),
-        ("gradient_clip", -1.0),
-        ("gradient_clip", float("inf")),
-        ("lr_warmup_steps", -1),
-        ("mask_samples", 0),
-        ("shortest_side", (640, 0)),
-        ("lr_steps", (0, 5)),
-        ("lr_steps", (80, 60)),
-        ("lr_steps", (60, 60)),
-    ],
-)
-def test_settings_out_of_range_are_named_in_one_line(name, value):
-    with pytest.raises(InputError, match=f"^{name} is ") as caught:
-        made(**{name: value})
-    assert "\n" not in str(caught.value)

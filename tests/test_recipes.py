@@ -1,7 +1,8 @@
 """Recipes: the published schedules, changed by whatever the command line says."""
 
 import json
-from dataclasses import asdict, fields
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,16 @@ from boxteacher.engine import predict as prediction
 from boxteacher.engine import train as training
 from boxteacher.engine.checkpoint import SegmenterInfo, load_checkpoint
 from boxteacher.engine.drawing import write_picture
-from boxteacher.engine.optimization import build_optimizer, build_schedule
+from boxteacher.engine.optimization import build_optimizer
+from boxteacher.engine.options import Option, options_of
 from boxteacher.engine.recipes import find_recipe, recipe_names
 from boxteacher.engine.segmenters import build_segmenter
 from boxteacher.engine.settings import TrainSettings
 from tests.engine_support import error_of, log_of
 
 SIDES = (640, 672, 704, 736, 768, 800)
-SHORT = {"steps": 90_000, "lr_steps": (60_000, 80_000), "augmentation": "strong"}
-LONG = {"steps": 270_000, "lr_steps": (210_000, 250_000), "augmentation": "stronger"}
+SHORT = {"steps": 90_000, "lr_steps": (60_000, 80_000), "augmentation": "color"}
+LONG = {"steps": 270_000, "lr_steps": (210_000, 250_000), "augmentation": "color+blur"}
 SGD = {"optimizer": "sgd", "lr": 0.01, "weight_decay": 1e-4}
 ADAMW = {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.05}
 PUBLISHED = {
@@ -69,7 +71,7 @@ def test_a_published_row_has_its_table_s_values(name):
     assert (made.supervision, made.weights) == ("teacher", "imagenet")
     # The released code's, which the length of the run leads to.
     released = {"warmup_steps": 10_000, "pseudo_warmup_steps": 10_000, "momentum": 0.999}
-    assert differing(made.resolved(), released) == {}
+    assert differing(made, released) == {}
     assert find_recipe(name).summary.endswith(f"published mask AP: val {val}, test-dev {test_dev}.")
 
 
@@ -78,19 +80,6 @@ def test_another_segmenter_has_its_own_schedule_and_claims_no_figure(name):
     expected = {"backbone": "resnet50", "batch_size": 16, "shortest_side": SIDES, **OTHERS[name]}
     assert differing(settings_of(name), expected) == {}
     assert find_recipe(name).summary.endswith("no AP from boxes alone is published.")
-
-
-def test_the_learning_rate_goes_as_the_table_says():
-    values = settings_of("condinst_r50_1x")
-    model = torch.nn.Conv2d(1, 1, 1)
-    (factor, *_) = build_schedule(build_optimizer(model, values), values).lr_lambdas
-    rates = {
-        step: 0.01 * factor(step) for step in (0, 499, 999, 1000, 59_999, 60_000, 79_999, 80_000, 89_999)
-    }
-    assert rates == pytest.approx(
-        {0: 1e-5, 499: 5e-3, 999: 1e-2, 1000: 1e-2, 59_999: 1e-2}
-        | {60_000: 1e-3, 79_999: 1e-3, 80_000: 1e-4, 89_999: 1e-4}
-    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -106,7 +95,7 @@ def test_every_recipe_builds_its_segmenter_and_its_optimizer(name):
             image_size=made.image_size,
             mask_samples=made.mask_samples,
         )
-    assert getattr(segmenter, "max_samples", None) == made.mask_samples
+    assert getattr(segmenter, "max_samples", 0) == made.mask_samples
     rates = {group["lr"] for group in build_optimizer(segmenter, made).param_groups}
     assert rates == {made.lr, made.lr * made.backbone_lr_factor}
 
@@ -136,47 +125,34 @@ def test_without_a_recipe_model_and_output_must_be_given(capsys):
     assert "--model and --output must be given" in error_of(data, capsys)
     assert "error: --output must be given" in error_of([*data, "--model", "condinst"], capsys)
     assert "error: --model must be given" in error_of([*data, "--output", "run"], capsys)
+    assert "error: --data must be given" in error_of(["train", "--recipe", "condinst_r50_1x"], capsys)
 
 
 count = st.integers(1, 10**6)
-sides = st.lists(count, max_size=4).map(tuple)
-positive = st.floats(1e-6, 10)
-VALUES: dict[str, st.SearchStrategy[Any]] = {
-    "model": st.sampled_from(["condinst", "solov2", "my_own"]),
-    "backbone": st.sampled_from(["resnet18", "efficientnet_lite0"]),
-    "data": st.sampled_from([Path("coco"), Path("a b/c")]),
-    "output": st.sampled_from([Path("runs/a"), Path("b")]),
-    "supervision": st.sampled_from(["teacher", "box", "mask"]),
-    "steps": count,
-    "batch_size": count,
-    "image_size": count,
-    "shortest_side": sides,
-    "augmentation": st.sampled_from(["none", "strong", "stronger"]),
-    "mask_samples": count,
-    "optimizer": st.sampled_from(["adamw", "sgd"]),
-    "lr": positive,
-    "backbone_lr_factor": positive,
-    "weight_decay": st.just(0.0) | positive,
-    "gradient_clip": st.just(0.0) | positive,
-    "lr_warmup_steps": st.just(0) | count,
+UNLIKE_THE_OTHERS: dict[str, st.SearchStrategy[Any]] = {
+    "device": st.just("cpu"),
     "lr_steps": st.sets(count, max_size=3).map(sorted).map(tuple),
-    "weights": st.sampled_from(["imagenet", "none", Path("file.pth")]),
-    "seed": st.integers(0, 2**31),
-    "device": st.sampled_from(["cpu", "cuda:1"]),
-    "workers": st.integers(0, 8),
-    "warmup_steps": st.just(0) | count,
-    "pseudo_warmup_steps": st.just(0) | count,
-    "momentum": st.floats(0, 1),
-    "iou_threshold": st.floats(0.01, 1),
     "teacher_size": st.just(()) | st.tuples(count, count).map(sorted).map(tuple),
-    "teacher_dtype": st.sampled_from(["float32", "bfloat16"]),
-    "teacher_interval": count,
-    "quality_at": st.sampled_from(["grid", "image"]),
 }
 
 
-def test_every_setting_is_tried_below():
-    assert {field.name for field in fields(TrainSettings)} == set(VALUES)
+def values_of(option: Option) -> st.SearchStrategy[Any]:
+    if option.name in UNLIKE_THE_OTHERS:
+        return UNLIKE_THE_OTHERS[option.name]
+    low, high = max(option.minimum, option.above + 1e-6, -1e6), min(option.maximum, 1e6)
+    kinds = {
+        int: st.integers(math.ceil(low), math.floor(high)),
+        float: st.floats(low, high),
+        str: st.sampled_from(["condinst", "my_own"]),
+        Path: st.sampled_from([Path("coco"), Path("a b/c.pth")]),
+    }
+    one = st.sampled_from(option.choices) if option.choices else st.nothing()
+    if option.kind is not None:
+        one |= kinds[option.kind]
+    return st.lists(one, max_size=4).map(tuple) if option.is_tuple else one
+
+
+VALUES = {option.name: values_of(option) for option in options_of(TrainSettings)}
 
 
 @settings(max_examples=150, deadline=None)
@@ -200,13 +176,14 @@ def test_what_the_command_line_says_wins_and_all_else_is_the_recipe_s(name, chan
 def test_a_recipe_and_data_are_the_whole_command(shapes, tmp_path, monkeypatch):
     """Made tiny; ends in `runs/NAME`, which is then evaluated."""
     monkeypatch.chdir(tmp_path)
-    tiny = "--steps 2 --batch-size 1 --weights none --image-size 96 --shortest-side 56 64 --workers 0"
+    tiny = "--backbone resnet18 --steps 2 --batch-size 1 --weights none --workers 0"
+    tiny += " --image-size 96 --shortest-side 56 64"
     arguments = ["train", "--recipe", "condinst_r50_1x", "--data", str(shapes), *tiny.split()]
     assert main([*arguments, "--device", "cpu"]) == 0
     run = tmp_path / "runs" / "condinst_r50_1x"
     made_with = json.loads((run / "settings.json").read_text())
-    expected = {"backbone": "resnet50_caffe", "optimizer": "sgd", "lr": 0.01, "lr_steps": [60_000, 80_000]}
-    expected |= {"steps": 2, "batch_size": 1, "shortest_side": [56, 64], "augmentation": "strong"}
+    expected = {"model": "condinst", "optimizer": "sgd", "lr": 0.01, "lr_steps": [60_000, 80_000]}
+    expected |= {"steps": 2, "batch_size": 1, "shortest_side": [56, 64], "augmentation": "color"}
     assert {key: made_with[key] for key in expected} == expected
     assert [line["lr"] for line in log_of(run)] == pytest.approx([1e-5, 2e-5])
     assert main(["evaluate", str(run / "last.pt"), "--data", str(shapes), "--workers", "0"]) == 0

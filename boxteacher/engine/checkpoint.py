@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from boxteacher.engine.files import write_atomically
 from boxteacher.engine.segmenters import build_segmenter
 from boxteacher.errors import InputError
+from boxteacher.state_dicts import compare_states
 from boxteacher.torch_files import read_torch_file
 from boxteacher.validation import check_whole
 
@@ -21,13 +22,13 @@ class SegmenterInfo:
     """What a checkpoint says of its segmenter.
 
     Attributes:
-        model: name that `build_segmenter` knows.
+        model: name of the segmenter that `build_segmenter` knows.
         backbone: name of its backbone.
-        image_size: longest side of the images in pixels that it was trained with.
-        class_names: of labels 0 … C−1.
-        category_ids: COCO category id of each label.
-        shortest_side: of the images in evaluation, in pixels, where that does not make the longest greater
-            than `image_size`; None if their longest side is `image_size`.
+        image_size: longest side in pixels of the images that it was trained on.
+        class_names: names of the labels 0 … C−1.
+        category_ids: COCO category ids of the labels.
+        shortest_side: shortest side in pixels of the images in evaluation, as far as the longest is at most
+            `image_size`; None if the longest is `image_size`.
     """
 
     model: str
@@ -86,13 +87,10 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, SegmenterInfo]:
         weights="none",
         image_size=info.image_size,
     )
-    wanted = segmenter.state_dict()
-    unfit = [key for key in wanted if key not in weights or weights[key].shape != wanted[key].shape]
-    unfit += [key for key in weights if key not in wanted]
-    if unfit:
+    if difference := compare_states(segmenter.state_dict(), weights):
         raise InputError(
-            f"{path}: {len(unfit)} entries are not those of {info.model} with {info.backbone}, such as "
-            f"{unfit[0]}; give a checkpoint of that model, as `boxteacher train` writes it"
+            f"{path}: its entries are not those of {info.model} on {info.backbone}: {difference}; give a "
+            "checkpoint of that model, as `boxteacher train` writes it"
         )
     trained_with, built_with = content.get("preprocessing"), _preprocessing(segmenter)
     if trained_with not in (None, built_with):  # None: written before checkpoints kept the record
@@ -116,10 +114,10 @@ def _preprocessing(segmenter: nn.Module) -> dict[str, Any] | None:
 def is_checkpoint(path: Path) -> bool:
     """Whether a file says that it is a checkpoint of this library."""
     try:
-        content = read_torch_file(path)
-    except Exception:  # noqa: BLE001  a file of another kind raises whatever its bytes lead to
+        _read(path)
+    except InputError:
         return False
-    return isinstance(content, dict) and content.get("format") == _FORMAT
+    return True
 
 
 def _read(path: Path) -> dict[str, Any]:

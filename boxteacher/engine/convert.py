@@ -8,8 +8,9 @@ from boxteacher.data.coco_categories import COCO_CATEGORIES
 from boxteacher.engine.checkpoint import SegmenterInfo, is_checkpoint, save_checkpoint
 from boxteacher.engine.files import check_new_file, write_atomically
 from boxteacher.engine.segmenters import build_segmenter
-from boxteacher.engine.weights import WholeModel, as_whole_model, fill, read_released, some
+from boxteacher.engine.weights import fill, read_released
 from boxteacher.errors import InputError
+from boxteacher.state_dicts import SegmenterWeights, first_names
 
 # COCO's usual size, which released segmenters were trained and measured with.
 _LONGEST_SIDE, _SHORTEST_SIDE = 1333, 800
@@ -19,11 +20,11 @@ def convert(source: Path, destination: Path) -> str:
     """Writes released weights as a checkpoint to evaluate, or, of a backbone alone, as its state dict.
 
     Args:
-        source: what others released; see `boxteacher.engine.weights.read_released`.
-        destination: must not exist.
+        source: file of released weights; see `boxteacher.engine.weights.read_released`.
+        destination: file to write; it must not exist.
 
     Returns:
-        What the file holds and what became of its entries, in one line.
+        Words for what the file holds and what became of its entries, in one line.
 
     Raises:
         InputError: the file cannot be read, is of an unknown kind, or does not fit; nothing is written.
@@ -42,28 +43,26 @@ def convert(source: Path, destination: Path) -> str:
         write_atomically(destination, lambda path: torch.save(released.weights, path))
         use = f"give it as --weights with --backbone {released.backbone}"
     else:
-        _write_segmenter(as_whole_model(released, source), destination)
+        _write_segmenter(released.model, released, source, destination)
         use = "evaluate it, or give it as --weights"
     entries = f"{len(released.weights)} entries"
-    if released.left_out:
-        entries += (
-            f", and {len(released.left_out)} that the network does not need ({some(released.left_out)})"
-        )
+    if unneeded := released.left_out:
+        entries += f", and {len(unneeded)} that the network does not need ({first_names(unneeded)})"
     return f"{destination}: {released.description}; {entries}; {use}"
 
 
-def _write_segmenter(whole: WholeModel, destination: Path) -> None:
+def _write_segmenter(model: str, whole: SegmenterWeights, source: Path, destination: Path) -> None:
     segmenter = build_segmenter(
-        whole.model, whole.num_classes, backbone=whole.backbone, weights="none", image_size=_LONGEST_SIDE
+        model, whole.num_classes, backbone=whole.backbone, weights="none", image_size=_LONGEST_SIDE
     )
-    fill(segmenter, whole.num_classes, whole)
+    fill(segmenter, whole.num_classes, whole, source)
     categories = (
         COCO_CATEGORIES
         if whole.num_classes == len(COCO_CATEGORIES)
         else {i + 1: f"class {i + 1}" for i in range(whole.num_classes)}
     )
     info = SegmenterInfo(
-        model=whole.model,
+        model=model,
         backbone=whole.backbone,
         image_size=_LONGEST_SIDE,
         shortest_side=_SHORTEST_SIDE,

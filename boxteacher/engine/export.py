@@ -35,7 +35,7 @@ class SingleImage(nn.Module):
     """A segmenter as a function of one tensor.
 
     Args:
-        segmenter: in evaluation mode.
+        segmenter: segmenter in evaluation mode.
     """
 
     def __init__(self, segmenter: nn.Module) -> None:
@@ -63,10 +63,10 @@ def export(
     again and must find in an image what the segmenter finds there; the largest difference is logged.
 
     Args:
-        checkpoint: as `train` writes it.
-        output: file to write; must not exist.
-        image_size: height and width in pixels; the square of the checkpoint's longest side by default.
-        image: to check with, resized to `image_size`; random pixels by default.
+        checkpoint: file that `train` wrote.
+        output: file to write; it must not exist.
+        image_size: height and width in pixels; a square of the checkpoint's longest side by default.
+        image: image file to check with, resized to `image_size`; random pixels by default.
 
     Returns:
         `output`.
@@ -199,7 +199,7 @@ def _compare(expected: _Found, actual: _Found, output: Path) -> None:
         for name, mine, theirs in zip(OUTPUTS, expected, actual, strict=True)
     }
     said = ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items())
-    if not all(differences[name] <= most for name, most in _LARGEST_DIFFERENCE.items()):
+    if not all(differences[name] <= maximum for name, maximum in _LARGEST_DIFFERENCE.items()):
         raise InputError(
             f"{output} differs from the segmenter by {said}: nothing was written; check with another "
             "--image, or export weights as .pt"
@@ -208,7 +208,7 @@ def _compare(expected: _Found, actual: _Found, output: Path) -> None:
 
 
 def _counterparts(expected: _Found, actual: _Found) -> Tensor:
-    """(K,) int64, which of the actual detections each expected one is likest to: near equals may swap."""
+    """(K,) int64, the actual detection closest to each expected one: near equals may swap."""
     mine, theirs = (
         torch.cat([boxes, labels[:, None], scores[:, None]], 1)
         for boxes, labels, scores, _ in (expected, actual)

@@ -1,11 +1,17 @@
-"""The optimizer of a run, and how its learning rate goes."""
+"""Optimizer and learning rate of a run."""
 
 import logging
-import math
-from bisect import bisect_right
 
-import torch
 from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    SequentialLR,
+)
 
 from boxteacher.engine.settings import TrainSettings
 from boxteacher.errors import InputError
@@ -15,14 +21,14 @@ logger = logging.getLogger(__name__)
 _SGD_MOMENTUM = 0.9
 
 
-def build_optimizer(student: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+def build_optimizer(student: nn.Module, settings: TrainSettings) -> Optimizer:
     """AdamW or SGD for the parameters that are trained.
 
-    Only the weights of linear and convolutional layers decay: not biases and norms, and not what is learnt as
-    a place or a table, such as queries, anchors and embeddings, which decay would pull to one point.
+    Only the weights of linear and convolutional layers decay: neither biases and norms nor learnt positions
+    and tables, such as queries, anchors and embeddings, which decay would pull to one point.
 
     Raises:
-        InputError: the backbone has a learning rate of its own, and `student` has no `backbone`.
+        InputError: `backbone_lr_factor` is not 1, and `student` has no `backbone` that is trained.
     """
     named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
     body = [(name, p) for name, p in named if name.startswith("backbone.")]
@@ -47,28 +53,28 @@ def build_optimizer(student: nn.Module, settings: TrainSettings) -> torch.optim.
         for decayed, decay in ((True, settings.weight_decay), (False, 0.0))
     ]
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=_SGD_MOMENTUM)
-    return torch.optim.AdamW(groups, lr=settings.lr, fused=named[0][1].device.type in ("cpu", "cuda"))
+        return SGD(groups, lr=settings.lr, momentum=_SGD_MOMENTUM)
+    return AdamW(groups, lr=settings.lr, fused=named[0][1].device.type in ("cpu", "cuda"))
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer, settings: TrainSettings
-) -> torch.optim.lr_scheduler.LRScheduler:
+def build_schedule(optimizer: Optimizer, settings: TrainSettings) -> LRScheduler:
     """Linear warm-up; then down to a tenth at each of `lr_steps`, or, without any, in a cosine to nothing."""
-    settings = settings.resolved()
-    warmup = settings.lr_warmup_steps or 0
-    if settings.lr_steps and settings.lr_steps[0] >= settings.steps:
+    warmup, milestones = settings.lr_warmup_steps, settings.lr_steps
+    if milestones and milestones[0] >= settings.steps:
         logger.warning(
             "the learning rate never falls: lr_steps begin at %d, the run ends at %d",
-            settings.lr_steps[0],
+            milestones[0],
             settings.steps,
         )
-
-    def factor(step: int) -> float:
-        rise = min(1.0, (step + 1) / max(1, warmup))
-        if settings.lr_steps:
-            return rise * 0.1 ** bisect_right(settings.lr_steps, step)
-        angle = math.pi * max(0, step - warmup) / max(1, settings.steps - warmup)
-        return rise * 0.5 * (1 + math.cos(angle))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    fall: LRScheduler = (
+        MultiStepLR(optimizer, milestones, gamma=0.1)
+        if milestones
+        else CosineAnnealingLR(optimizer, T_max=max(1, settings.steps - warmup))
+    )
+    if warmup == 0:
+        return fall
+    # The k-th step of the warm-up, counted from 1, has k / warmup of the highest rate.
+    rise = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
+    if milestones:
+        return ChainedScheduler([rise, fall])
+    return SequentialLR(optimizer, [rise, fall], milestones=[warmup])

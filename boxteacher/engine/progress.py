@@ -1,4 +1,4 @@
-"""What a run tells while it runs: a progress bar, `log.jsonl`, and TensorBoard where it is installed."""
+"""Numbers of a run: a progress bar, `log.jsonl`, and TensorBoard where it is installed."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 _SMOOTHING = 0.95
 _LINES_PER_RUN = 20
-_NOT_SHOWN = ("gradient_norm",)
+_NOT_SHOWN = ("gradient_norm", "lr")
 
 
 class TrainingLog:
@@ -21,8 +21,8 @@ class TrainingLog:
     With tqdm (extra `train`) progress is a bar, without it a log line now and then.
 
     Args:
-        output: folder of the run; it exists.
-        steps: of the whole run.
+        output: folder of the run, which exists.
+        steps: number of steps of the whole run.
     """
 
     def __init__(self, output: Path, steps: int) -> None:
@@ -48,22 +48,21 @@ class TrainingLog:
         if self._board is not None:
             self._board.close()
 
-    def write(self, step: int, numbers: dict[str, float], lr: float) -> None:
+    def write(self, step: int, numbers: dict[str, float]) -> None:
         """Takes one step's numbers.
 
         Args:
-            step: 1 … steps.
+            step: number of the step, 1 … steps.
             numbers: losses (names that begin with `loss_`) without their sum, and what else there is to tell.
-            lr: learning rate of this step.
         """
         total = sum(value for name, value in numbers.items() if name.startswith("loss_"))
         numbers = {"loss": total, **numbers}
         seconds = time.perf_counter() - self._start
-        line = {"step": step, **_rounded(numbers), "lr": lr, "seconds": round(seconds, 2)}
+        line = {"step": step, **_rounded(numbers), "seconds": round(seconds, 2)}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         if self._board is not None:
-            for name, value in {**numbers, "lr": lr}.items():
+            for name, value in numbers.items():
                 self._board.add_scalar(name, value, step)
         for name, value in numbers.items():
             self._smooth[name] = _SMOOTHING * self._smooth.get(name, value) + (1 - _SMOOTHING) * value

@@ -11,12 +11,12 @@ from boxteacher.errors import InputError
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of a whole run but for its folders.
+    """Settings of a whole run, without its folders.
 
     Attributes:
-        name: of its file in `boxteacher.recipes`.
+        name: name of its file in `boxteacher.recipes`.
         summary: one line, with the mask AP that was published for it.
-        settings: values of `TrainSettings`, by attribute.
+        settings: values of `TrainSettings`, by field.
 
     Example:
         >>> recipe = find_recipe("condinst_r50_1x")

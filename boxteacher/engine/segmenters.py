@@ -24,22 +24,31 @@ def build_segmenter(
     backbone: str,
     weights: Path | Literal["imagenet", "none"],
     image_size: int,
-    mask_samples: int | None = None,
+    mask_samples: int = 0,
 ) -> nn.Module:
     """Builds the segmenter that a package registered under `name`.
 
     An entry point names a function with this function's signature but for `name`; one whose segmenter does
     not sample masks has no `mask_samples`.
 
+    Args:
+        name: name of the segmenter.
+        num_classes: number of classes, C.
+        backbone: name of the backbone.
+        weights: weights of the backbone.
+        image_size: longest side in pixels of the images; small ones get a smaller network.
+        mask_samples: positive samples per image that get a mask in training; 0 leaves the segmenter its own
+            number.
+
     Raises:
-        InputError: no such segmenter, its backbone or weights cannot be had, or it does not sample masks
-            and `mask_samples` is given.
+        InputError: there is no such segmenter, backbone or file of weights, or `mask_samples` is given for a
+            segmenter that does not sample masks.
     """
     found = entry_points(group=GROUP, name=name)
     if not found:
         raise InputError(f"no model {name!r}: take one of {', '.join(segmenter_names())}")
     build: Any = next(iter(found)).load()
-    options: dict[str, Any] = {} if mask_samples is None else {"mask_samples": mask_samples}
+    options = {"mask_samples": mask_samples} if mask_samples else {}
     if not options.keys() <= signature(build).parameters.keys():
         raise InputError(f"mask_samples is {mask_samples}, and {name} takes every mask: leave it out")
     return build(num_classes, backbone=backbone, weights=weights, image_size=image_size, **options)

@@ -9,13 +9,13 @@ EPOCHS_12 = {
     "lr_warmup_steps": 1000,
     "lr_steps": (60_000, 80_000),
     "steps": 90_000,
-    "augmentation": "strong",
+    "augmentation": "color",
 }
 EPOCHS_36 = {
     "lr_warmup_steps": 1000,
     "lr_steps": (210_000, 250_000),
     "steps": 270_000,
-    "augmentation": "stronger",
+    "augmentation": "color+blur",
 }
 
 RELEASED_CONDINST = {

@@ -7,7 +7,7 @@ SETTINGS = {
     **ADAMW,
     "model": "mask2former",
     "backbone": "resnet50",
-    "augmentation": "stronger",
+    "augmentation": "color+blur",
     "backbone_lr_factor": 0.1,
     "gradient_clip": 0.01,
     "lr_warmup_steps": 0,

@@ -1,0 +1,134 @@
+"""The training split, and its batches: a function of the run's seed and the position in the run alone."""
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from boxteacher.data import CocoInstances, collate, find_split, training_transform
+from boxteacher.data.transforms import least_longest_side
+from boxteacher.engine.devices import to_device
+from boxteacher.engine.settings import TrainSettings
+from boxteacher.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+_COCO_IGNORED_BOTTOM_ROWS = 10
+
+
+def training_data(settings: TrainSettings) -> CocoInstances:
+    """The training split; masks are read for mask supervision alone.
+
+    Raises:
+        InputError: see `CocoInstances`.
+    """
+    split = find_split(settings.data, "train")
+    return CocoInstances(
+        split.images,
+        split.annotations,
+        read_masks=settings.supervision == "mask",
+        transform=training_transform(settings.image_size, settings.shortest_side),
+        ignored_bottom_rows=_COCO_IGNORED_BOTTOM_ROWS if split.is_coco else 0,
+    )
+
+
+def check_validation_split(settings: TrainSettings, data: CocoInstances) -> None:
+    """Raises InputError if the evaluation could not read the validation split; warns if there is none."""
+    try:
+        split = find_split(settings.data, "val")
+    except InputError as error:
+        logger.warning("there is nothing to evaluate this run on: %s", error)
+        return
+    CocoInstances(split.images, split.annotations, category_ids=data.category_ids)
+
+
+def check_batches(student: nn.Module, settings: TrainSettings, data: CocoInstances) -> None:
+    """Raises InputError if an image may have more boxes than the student has queries, or a batch norm a
+    single value of a batch."""
+    queries: Any = getattr(student, "num_queries", math.inf)
+    boxes, image = data.most_boxes()
+    if boxes > queries:
+        raise InputError(
+            f"{image} has {boxes} boxes, but {settings.model} finds {queries} objects at most, one a query: "
+            "take such images out of the training split, or choose another --model"
+        )
+    pixels = least_longest_side(settings.image_size, settings.shortest_side)
+    divisor: Any = student.size_divisor
+    trained = any(isinstance(module, nn.BatchNorm2d) and module.training for module in student.modules())
+    if settings.batch_size == 1 and pixels <= divisor and trained:
+        raise InputError(
+            f"batch_size is 1, images may be as small as {pixels} pixels, and {settings.model}'s batch norms "
+            f"need more than one image of {divisor}: give --batch-size 2 or larger images"
+        )
+
+
+def training_batches(
+    data: CocoInstances, settings: TrainSettings, *, start: int
+) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
+    """Images and targets of each step, on the run's device.
+
+    They depend neither on the number of workers nor on where the run began.
+
+    Args:
+        data: training split.
+        settings: settings of the run.
+        start: number of steps that have been taken already.
+    """
+    positions = range(start * settings.batch_size, settings.steps * settings.batch_size)
+    loader = DataLoader(
+        SeededSamples(data, settings.seed),
+        batch_size=settings.batch_size,
+        sampler=sample_order(len(data), settings.seed, positions),
+        num_workers=settings.workers,
+        collate_fn=collate,
+        pin_memory=settings.device.startswith("cuda"),
+        generator=torch.Generator(),  # otherwise the loader takes a seed from the global one
+    )
+    device = torch.device(settings.device)
+    return (to_device(images, targets, device) for images, targets in loader)
+
+
+def sample_order(size: int, seed: int, positions: range) -> Iterator[tuple[int, int]]:
+    """Positions in a run, each with the index of its image: every epoch is a permutation of its own.
+
+    Args:
+        size: number of images.
+        seed: seed of the run.
+        positions: positions, in rising order; position 0 is the run's first sample.
+    """
+    epoch, order = -1, torch.empty(0)
+    for position in positions:
+        if position // size != epoch:
+            epoch = position // size
+            generator = torch.Generator().manual_seed(_seed_of(seed, epoch))
+            order = torch.randperm(size, generator=generator)
+        yield position, int(order[position % size])
+
+
+class SeededSamples(Dataset[tuple[Tensor, dict[str, Any]]]):
+    """Samples by position and index; their random transform depends on seed and position alone.
+
+    The target gets the image's `file_name`, for messages.
+    """
+
+    def __init__(self, data: CocoInstances, seed: int) -> None:
+        self.data = data
+        self.seed = seed
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
+        position, index = place
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which would seed the GPU's generator too.
+            torch.default_generator.manual_seed(_seed_of(self.seed, position))
+            image, target = self.data[index]
+        return image, {**target, "file_name": self.data.file_names[index]}
+
+
+def _seed_of(*numbers: int) -> int:
+    """32 bits, which is what torch's generator takes of a seed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

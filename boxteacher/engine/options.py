@@ -1,0 +1,162 @@
+"""Options that are declared once, as fields of a dataclass: the command line, the checks and the docs follow.
+
+`python -m boxteacher.engine.options docs/command_line.md` writes the table of `boxteacher train` anew.
+"""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from boxteacher.errors import InputError
+
+_KINDS = {int: "whole number", float: "number", str: "name", Path: "path"}
+
+
+def option(default: Any = MISSING, **words: Any) -> Any:
+    """A field of a dataclass of options; its annotation is int, float, str, Path, Literal, Path | Literal, or
+    a tuple of one of those.
+
+    Args:
+        default: value, or a function of the settings that looks at the fields above; without one the option
+            must be given.
+        words: `help` and further attributes of `Option`.
+    """
+    return field(default=None if callable(default) else default, metadata={"default": default, **words})
+
+
+@dataclass(frozen=True)
+class Option:
+    """A field of a dataclass of options.
+
+    Attributes:
+        name: name of the field.
+        kind: type of a value that is none of the choices; None if there is no such value.
+        choices: names to choose from.
+        is_tuple: whether the value is a tuple of those.
+        default: value, function of the settings, or MISSING.
+        help: meaning in one line, beginning with a noun.
+        group: heading of this option and of those below it.
+        metavar: word for the value in the command's help; the option's name if not given.
+        default_text: words for a default whose value does not speak for itself.
+        minimum, above, maximum: bounds of a number; `above` is not allowed itself.
+    """
+
+    name: str
+    kind: type | None
+    choices: tuple[str, ...]
+    is_tuple: bool
+    default: Any
+    help: str
+    group: str = ""
+    metavar: str | None = None
+    default_text: str = ""
+    minimum: float = -math.inf
+    above: float = -math.inf
+    maximum: float = math.inf
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def default_words(self) -> str:
+        if self.default_text or self.default is MISSING:
+            return self.default_text
+        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+
+    @property
+    def expected(self) -> str:
+        """Words for the values that are allowed."""
+        bounds = {"at least": self.minimum, "above": self.above, "at most": self.maximum}
+        bound = " and ".join(f"{words} {value:g}" for words, value in bounds.items() if math.isfinite(value))
+        kind = _KINDS[self.kind] if self.kind else ""
+        kinds = [f"{kind}s" if self.is_tuple else f"a {kind}"] if kind else []
+        *others, last = [*kinds, *self.choices]
+        return (f"{', '.join(others)} or " if others else "") + last + (f", {bound}" if bound else "")
+
+    def parse(self, text: str) -> Any:
+        return text if self.kind is None or text in self.choices else self.kind(text)
+
+    def allows(self, value: Any) -> bool:
+        if self.is_tuple:
+            return isinstance(value, tuple) and all(map(self._allows_one, value))
+        return self._allows_one(value)
+
+    def _allows_one(self, value: Any) -> bool:
+        if value in self.choices:
+            return True
+        if self.kind is None or not isinstance(value, (int, float) if self.kind is float else self.kind):
+            return False
+        if not isinstance(value, int | float):
+            return True
+        return math.isfinite(value) and self.minimum <= value <= self.maximum and value > self.above
+
+
+def options_of(settings: type) -> Iterator[Option]:
+    """The fields of a dataclass of options."""
+    hints = get_type_hints(settings)
+    for each in fields(settings):
+        is_tuple = get_origin(hints[each.name]) is tuple
+        hint = get_args(hints[each.name])[0] if is_tuple else hints[each.name]
+        parts = (hint,) if isinstance(hint, type) or get_origin(hint) is Literal else get_args(hint)
+        choices = tuple(name for part in parts if get_origin(part) is Literal for name in get_args(part))
+        kind = next((part for part in parts if isinstance(part, type)), None)
+        yield Option(each.name, kind, choices, is_tuple, **each.metadata)
+
+
+def resolve_options(settings: Any) -> None:
+    """Fills in the defaults that depend on other options, and checks every value; for `__post_init__`.
+
+    A list becomes a tuple.
+
+    Raises:
+        InputError: a value is of another type or out of range; the message names option, value and range.
+    """
+    for each in options_of(type(settings)):
+        value = getattr(settings, each.name)
+        if value is None and callable(each.default):
+            value = each.default(settings)
+        if each.is_tuple and isinstance(value, list):
+            value = tuple(value)
+        if not each.allows(value):
+            raise InputError(f"{each.name} is {value!r}: give {each.expected}")
+        object.__setattr__(settings, each.name, value)
+
+
+def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Adds the fields of a dataclass of options to a command; those not given are not in its namespace."""
+    group: Any = parser
+    for each in options_of(settings):
+        if each.group:
+            group = parser.add_argument_group(each.group)
+        words = f"{each.help} (default: {each.default_words})" if each.default_words else each.help
+        group.add_argument(
+            each.flag,
+            type=each.parse if each.choices else each.kind,
+            nargs="*" if each.is_tuple else None,
+            metavar=each.metavar or "|".join(each.choices) or None,
+            default=argparse.SUPPRESS,
+            help=words.replace("%", "%%"),
+        )
+
+
+def options_table(settings: type) -> str:
+    """The options of a dataclass as a Markdown table."""
+    rows = ["| option | meaning | value | default |", "|---|---|---|---|"]
+    for each in options_of(settings):
+        rows += [f"| **{each.group}** | | | |"] if each.group else []
+        rows.append(f"| `{each.flag}` | {each.help} | {each.expected} | {each.default_words} |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    from boxteacher.engine.settings import TrainSettings
+
+    document = Path(sys.argv[1])
+    table = options_table(TrainSettings)
+    document.write_text(re.sub(r"\| option \|.*?\n(?=\n)", lambda _: table, document.read_text(), flags=re.S))
