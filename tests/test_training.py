@@ -101,10 +101,10 @@ def test_the_settings_scale_with_the_length_of_a_run():
 
     short, long = model_of(500), model_of(90_000)
     assert isinstance(short, BoxTeacher)
-    assert (short.momentum, short.warmup_steps, short.pseudo_warmup_steps) == (0.98, 100, 500)
-    assert (long.momentum, long.warmup_steps, long.pseudo_warmup_steps) == (0.999, 10_000, 10_000)
+    assert (short.teacher.momentum, short.warmup_steps, short.pseudo_warmup_steps) == (0.98, 100, 500)
+    assert (long.teacher.momentum, long.warmup_steps, long.pseudo_warmup_steps) == (0.999, 10_000, 10_000)
     given = model_of(500, momentum=0.0, warmup_steps=0, pseudo_warmup_steps=7)
-    assert (given.momentum, given.warmup_steps, given.pseudo_warmup_steps) == (0, 0, 7)
+    assert (given.teacher.momentum, given.warmup_steps, given.pseudo_warmup_steps) == (0, 0, 7)
     assert type(model_of(500, "box")) is BoxSupervised
     assert model_of(500, "box").warmup_steps == 100
     assert type(model_of(500, "mask")) is MaskSupervised
