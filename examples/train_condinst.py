@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler
 
 from boxteacher import BoxTeacher
-from boxteacher.data import CocoInstances, collate, find_split, training_transform
+from boxteacher.data import InstanceDataset, collate, read_split, training_transform
 from boxteacher.engine.checkpoint import SegmenterInfo, save_checkpoint
 from boxteacher.engine.devices import pick_device, to_device
 from boxteacher.engine.evaluate import evaluate
@@ -33,18 +33,17 @@ def main() -> None:
 
     torch.manual_seed(0)
     device = pick_device("auto")
-    split = find_split(arguments.data, "train")
-    data = CocoInstances(
-        split.images,
-        split.annotations,
+    index = read_split(arguments.data, "train")
+    data = InstanceDataset(
+        index,
         transform=training_transform(arguments.image_size),
-        ignored_bottom_rows=10 if split.is_coco else 0,
+        ignored_bottom_rows=10 if index.is_coco else 0,
     )
     sampler = RandomSampler(data, num_samples=arguments.steps * arguments.batch_size)
     loader = DataLoader(data, arguments.batch_size, sampler=sampler, collate_fn=collate, num_workers=2)
 
     segmenter = build_condinst(
-        len(data.class_names),
+        len(index.class_names),
         backbone=arguments.backbone,
         weights=arguments.weights,
         image_size=arguments.image_size,
@@ -72,7 +71,7 @@ def main() -> None:
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     info = SegmenterInfo(
-        "condinst", arguments.backbone, arguments.image_size, data.class_names, data.category_ids
+        "condinst", arguments.backbone, arguments.image_size, index.class_names, index.category_ids
     )
     checkpoint = arguments.output / "last.pt"
     save_checkpoint(checkpoint, model.segmenter, info)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision.ops import Conv2dNormActivation, batched_nms, generalized_box_iou_loss, sigmoid_focal_loss
 
 from boxteacher import BoxTeacher, Candidates, MaskPredictions, StudentOutput
-from boxteacher.data import CocoInstances, collate, training_transform, write_shapes
+from boxteacher.data import InstanceDataset, collate, read_split, training_transform, write_shapes
 from boxteacher.engine.evaluate import evaluate_segmenter
 from boxteacher.geometry import grid_coordinates, pad_images
 from boxteacher.resampling import upsample_aligned
@@ -99,10 +99,10 @@ def main():
     folder, steps = vars(parser.parse_args()).values()
     write_shapes(folder)
     torch.manual_seed(0)
-    annotations, transform = folder / "annotations/train.json", training_transform(128)
-    data = CocoInstances(folder / "train", annotations, transform=transform)
+    index = read_split(folder, "train")
+    data = InstanceDataset(index, transform=training_transform(128))
     loader = DataLoader(data, 8, sampler=RandomSampler(data, num_samples=8 * steps), collate_fn=collate)
-    segmenter = PrototypeSegmenter(build_backbone("efficientnet_lite0"), len(data.class_names))
+    segmenter = PrototypeSegmenter(build_backbone("efficientnet_lite0"), len(index.class_names))
     model = BoxTeacher(segmenter, momentum=0.97, warmup_steps=steps // 5, pseudo_warmup_steps=steps).train()
     optimizer = torch.optim.AdamW(segmenter.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps)
@@ -111,7 +111,7 @@ def main():
         sum(model(*batch).values()).backward()
         optimizer.step()  # the teacher follows by itself
         schedule.step()
-    classes = {"class_names": data.class_names, "category_ids": data.category_ids}
+    classes = {"class_names": index.class_names, "category_ids": index.category_ids}
     print(evaluate_segmenter(model.export(), folder, image_size=128, **classes).table)
 
 

@@ -96,12 +96,12 @@ def training_transform(image_size: int, shortest_side: Sequence[int] = ()) -> v2
     resize = (
         ResizeShortestSide(shortest_side, image_size)
         if shortest_side
-        else ResizeLongestSide(least_longest_side(image_size), image_size)
+        else ResizeLongestSide(min_longest_side(image_size), image_size)
     )
     return v2.Compose([resize, v2.RandomHorizontalFlip(0.5)])
 
 
-def least_longest_side(image_size: int, shortest_side: Sequence[int] = ()) -> int:
+def min_longest_side(image_size: int, shortest_side: Sequence[int] = ()) -> int:
     """The longest side in pixels of the smallest image that `training_transform` may give."""
     return min(*shortest_side, image_size) if shortest_side else max(1, image_size * 4 // 5)
 

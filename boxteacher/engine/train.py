@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from boxteacher import __version__
 from boxteacher.augmentation import StrongAugmentation
-from boxteacher.data import CocoInstances, collate, find_split, training_transform
-from boxteacher.data.transforms import least_longest_side
+from boxteacher.data import InstanceDataset, collate, find_split, read_split, training_transform
+from boxteacher.data.transforms import min_longest_side
 from boxteacher.engine.checkpoint import SegmenterInfo, save_checkpoint
 from boxteacher.engine.devices import to_device
 from boxteacher.engine.files import write_atomically
@@ -68,13 +68,13 @@ def train(settings: TrainSettings) -> Path:
         settings.model,
         settings.backbone,
         settings.image_size,
-        data.class_names,
-        data.category_ids,
+        data.index.class_names,
+        data.index.category_ids,
         shortest_side=max(settings.shortest_side, default=None),
     )
     _write_settings(settings)
     every = math.ceil(settings.steps / _CHECKPOINTS_PER_RUN)
-    names = dict(zip(data.image_ids, data.file_names, strict=True))
+    names = dict(zip(data.index.image_ids.tolist(), data.index.file_names, strict=True))
     saved = 0
     with TrainingLog(settings.output, settings.steps) as log:
         for step, (images, targets) in enumerate(_batches(data, settings), start=1):
@@ -94,10 +94,10 @@ def train(settings: TrainSettings) -> Path:
     return checkpoint
 
 
-def _supervised_segmenter(settings: TrainSettings, data: CocoInstances) -> Supervision:
+def _supervised_segmenter(settings: TrainSettings, data: InstanceDataset) -> Supervision:
     segmenter = build_with_weights(
         settings.model,
-        len(data.class_names),
+        len(data.index.class_names),
         backbone=settings.backbone,
         weights=settings.weights,
         image_size=settings.image_size,
@@ -108,35 +108,35 @@ def _supervised_segmenter(settings: TrainSettings, data: CocoInstances) -> Super
     return supervise(segmenter.to(memory_format=torch.channels_last), settings)
 
 
-def training_data(settings: TrainSettings) -> CocoInstances:
+def training_data(settings: TrainSettings) -> InstanceDataset:
     """The training split; masks are read for mask supervision alone.
 
     Raises:
-        InputError: see `CocoInstances`.
+        InputError: see `read_split` and `InstanceDataset`.
     """
-    split = find_split(settings.data, "train")
-    return CocoInstances(
-        split.images,
-        split.annotations,
-        read_masks=settings.supervision == "mask",
+    index = read_split(settings.data, "train", read_masks=settings.supervision == "mask")
+    return InstanceDataset(
+        index,
         transform=training_transform(settings.image_size, settings.shortest_side),
-        ignored_bottom_rows=_COCO_IGNORED_BOTTOM_ROWS if split.is_coco else 0,
+        ignored_bottom_rows=_COCO_IGNORED_BOTTOM_ROWS if index.is_coco else 0,
     )
 
 
-def _check_validation_split(settings: TrainSettings, data: CocoInstances) -> None:
+def _check_validation_split(settings: TrainSettings, data: InstanceDataset) -> None:
     """Finds before the training what would stop the evaluation after it."""
     try:
-        split = find_split(settings.data, "val")
+        find_split(settings.data, "val")
     except InputError as error:
         logger.warning("there is nothing to evaluate this run on: %s", error)
         return
-    CocoInstances(split.images, split.annotations, category_ids=data.category_ids)
+    read_split(
+        settings.data, "val", read_masks=True, masks_optional=True, category_ids=data.index.category_ids
+    )
 
 
 def _check_batch_norms(student: nn.Module, settings: TrainSettings) -> None:
     """One image of one cell at the greatest stride leaves a batch norm nothing to take a variance of."""
-    pixels = least_longest_side(settings.image_size, settings.shortest_side)
+    pixels = min_longest_side(settings.image_size, settings.shortest_side)
     divisor: Any = student.size_divisor
     trained = any(isinstance(module, nn.BatchNorm2d) and module.training for module in student.modules())
     if settings.batch_size == 1 and pixels <= divisor and trained:
@@ -146,10 +146,10 @@ def _check_batch_norms(student: nn.Module, settings: TrainSettings) -> None:
         )
 
 
-def _check_queries(student: nn.Module, settings: TrainSettings, data: CocoInstances) -> None:
+def _check_queries(student: nn.Module, settings: TrainSettings, data: InstanceDataset) -> None:
     """Finds before the training what set prediction would refuse when it meets the image."""
     queries: Any = getattr(student, "num_queries", math.inf)
-    boxes, image = data.most_boxes()
+    boxes, image = data.index.max_boxes()
     if boxes > queries:
         raise InputError(
             f"{image} has {boxes} boxes, but {settings.model} finds {queries} objects at most, one a query: "
@@ -182,7 +182,7 @@ def supervise(segmenter: nn.Module, settings: TrainSettings) -> Supervision:
 
 
 def _batches(
-    data: CocoInstances, settings: TrainSettings
+    data: InstanceDataset, settings: TrainSettings
 ) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
     generator = torch.Generator().manual_seed(settings.seed)
     sampler = RandomSampler(data, num_samples=settings.steps * settings.batch_size, generator=generator)
