@@ -1,6 +1,5 @@
 """What a data set is in memory, whatever format it was read from."""
 
-import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ class DataIndex:
         crowd: (M,) bool, groups that evaluation ignores and training is not shown.
         area: (M,) float64 in pixels, of the mask if the annotations tell it, else of the box.
         masks: counts of a compressed RLE (see `encode_mask`) of each object, None for one without a mask;
-            None altogether if masks were not read.
+            None altogether if masks were not read, or no object but crowds has one.
         is_coco: whether files are named as in COCO's own release.
     """
 
@@ -75,26 +74,27 @@ class IndexedImage(NamedTuple):
 
     image_id: int
     file_name: str
-    height: int
-    width: int
+    size: tuple[int, int]  # height, width in pixels
 
 
 class IndexedObject(NamedTuple):
-    """An object as a format's reader found it, in the image at position `image`; `box` is `clip_box`'s."""
+    """An object as a format's reader found it."""
 
-    image: int
-    box: Sequence[float]
+    image: int  # position among the images
+    box: Sequence[float]  # as `clip_box` returns it
     label: int
     annotation_id: int
-    crowd: bool = False
-    area: float = math.nan
-    mask: bytes | None = None
+    crowd: bool
+    area: float  # in pixels; NaN if the annotations do not tell it
+    mask: bytes | None  # counts of a compressed RLE
 
 
 def clip_box(box: Sequence[float], height: int, width: int) -> Sequence[float] | None:
     """Clip x0, y0, x1, y1 to the image and round them to float32; None if no area is left."""
-    sides = (width, height, width, height)
-    clipped = array("f", (min(max(value, 0), side) for value, side in zip(box, sides, strict=True)))
+    x0, y0, x1, y1 = box
+    x = min(max(x0, 0), width), min(max(x1, 0), width)
+    y = min(max(y0, 0), height), min(max(y1, 0), height)
+    clipped = array("f", (x[0], y[0], x[1], y[1]))
     return clipped if clipped[2] > clipped[0] and clipped[3] > clipped[1] else None
 
 
@@ -106,7 +106,6 @@ def build_index(
     *,
     class_names: list[str],
     category_ids: list[int],
-    has_masks: bool,
     problems: list[Problem],
 ) -> DataIndex:
     """The index of what a reader found, objects in any order.
@@ -117,6 +116,7 @@ def build_index(
     owners = [each.image for each in objects]
     boxes = np.array([tuple(each.box) for each in objects], dtype=np.float32).reshape(-1, 4)  # (M, 4)
     area = np.array([each.area for each in objects], dtype=np.float64)  # (M,)
+    has_masks = any(each.mask is not None and not each.crowd for each in objects)
     index = DataIndex(
         images=images,
         annotations=annotations,
@@ -124,7 +124,7 @@ def build_index(
         category_ids=category_ids,
         image_ids=np.array([each.image_id for each in found_images], dtype=np.int64),
         file_names=[each.file_name for each in found_images],
-        sizes=np.array([each[2:] for each in found_images], dtype=np.int64).reshape(-1, 2),
+        sizes=np.array([each.size for each in found_images], dtype=np.int64).reshape(-1, 2),
         starts=np.searchsorted(owners, np.arange(len(found_images) + 1)),
         boxes=boxes,
         labels=np.array([each.label for each in objects], dtype=np.int64),

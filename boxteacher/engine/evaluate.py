@@ -147,19 +147,11 @@ def coco_evaluation(index: DataIndex, results: list[dict[str, Any]]) -> Evaluati
     """
     tables: list[str] = []
     metrics: Metrics = {"segm": None, "bbox": None}
-    missing = [k for k in np.flatnonzero(~index.crowd) if index.masks is None or index.masks[k] is None]
-    objects = np.count_nonzero(~index.crowd)
-    kinds = ("bbox",) if len(missing) == objects else ("segm", "bbox")
-    if len(missing) == objects:
+    if index.masks is None:
         logger.warning("%s: no object has a mask: only boxes are evaluated", index.annotations)
-    elif missing:
-        logger.warning(
-            "%s: %d of %d objects have no mask: mask AP ignores them",
-            index.annotations,
-            len(missing),
-            objects,
-        )
-    for kind in kinds:
+    elif missing := sum(mask is None for mask in index.masks):
+        logger.warning("%s: %d objects have no mask: mask AP ignores them", index.annotations, missing)
+    for kind in ("bbox",) if index.masks is None else ("segm", "bbox"):
         # pycocotools writes into results, and takes a mask's area from its box if there is one.
         rows = [{k: v for k, v in row.items() if kind == "bbox" or k != "bbox"} for row in results]
         table, metrics[kind] = _coco_table(_truth(index, kind), rows, kind)
@@ -185,7 +177,7 @@ def _truth(index: DataIndex, kind: str) -> dict[str, Any]:
             annotation["segmentation"] = {"size": size, "counts": mask}
             if mask is None:  # ignored, and so are detections in its box
                 annotation["iscrowd"] = True
-                (annotation["segmentation"],) = mask_utils.frPyObjects([annotation["bbox"]], *size)
+                (annotation["segmentation"],) = mask_utils.frPyObjects(np.array([annotation["bbox"]]), *size)
     return {
         "info": {},
         "images": [

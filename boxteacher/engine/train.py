@@ -129,9 +129,7 @@ def _check_validation_split(settings: TrainSettings, data: InstanceDataset) -> N
     except InputError as error:
         logger.warning("there is nothing to evaluate this run on: %s", error)
         return
-    read_split(
-        settings.data, "val", read_masks=True, masks_optional=True, category_ids=data.index.category_ids
-    )
+    read_split(settings.data, "val", category_ids=data.index.category_ids)
 
 
 def _check_batch_norms(student: nn.Module, settings: TrainSettings) -> None:

@@ -1,9 +1,9 @@
-"""How good a checkpoint's pseudo masks are: their IoU with the drawn masks of training images.
+"""How good a checkpoint's pseudo masks are: their IoU with the annotated masks of training images.
 
     python -m tests.benchmarks.pseudo_masks RUN/last.pt --data DIR
         [--iou-threshold 0.8] [--teacher-size SHORTEST LONGEST] [--batches N]
 
-The checkpoint is the teacher, and sees the images as `boxteacher train` would show them. Drawn masks are
+The checkpoint is the teacher, and sees the images as `boxteacher train` would show them. Annotated masks are
 looked at here alone: training from boxes never reads them.
 """
 
@@ -24,16 +24,16 @@ _BATCH_SIZE = 4
 
 
 def measure(model: BoxTeacher, batches: DataLoader) -> tuple[Tensor, Tensor]:  # type: ignore[type-arg]
-    """IoU (T,) of each target's pseudo mask with its drawn mask on the grid, and confidence (T,)."""
+    """IoU (T,) of each target's pseudo mask with its annotated mask on the grid, and confidence (T,)."""
     overlaps, confidences = [], []
     for images, targets in batches:
-        drawn = grid_targets(images, targets, model.student.mask_stride, model.student.size_divisor)  # type: ignore[arg-type]
+        annotated = grid_targets(images, targets, model.student.mask_stride, model.student.size_divisor)  # type: ignore[arg-type]
         hidden = replace(
-            drawn, masks=torch.zeros_like(drawn.masks), has_mask=torch.zeros_like(drawn.has_mask)
+            annotated, masks=torch.zeros_like(annotated.masks), has_mask=torch.zeros_like(annotated.has_mask)
         )
         _, pseudo = model._prepare(images, hidden)
-        union = (pseudo.masks | drawn.masks).flatten(1).sum(1)  # (T,)
-        overlaps.append((pseudo.masks & drawn.masks).flatten(1).sum(1) / union.clamp(min=1))
+        union = (pseudo.masks | annotated.masks).flatten(1).sum(1)  # (T,)
+        overlaps.append((pseudo.masks & annotated.masks).flatten(1).sum(1) / union.clamp(min=1))
         confidences.append(pseudo.confidence)
     return torch.cat(overlaps), torch.cat(confidences)
 
@@ -61,7 +61,7 @@ def main() -> None:
     overlap, confidence = measure(model.train(), batches)
     there = confidence > 0
     print(
-        f"{int(there.sum())} of {len(there)} targets have a pseudo mask; IoU with the drawn one: mean "
+        f"{int(there.sum())} of {len(there)} targets have a pseudo mask; IoU with the annotated one: mean "
         f"{overlap[there].mean():.3f}, median {overlap[there].median():.3f}; mean confidence "
         f"{confidence[there].mean():.3f}"
     )

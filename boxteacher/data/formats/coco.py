@@ -27,7 +27,7 @@ def read_coco(
     masks_optional: bool = False,
     category_ids: Sequence[int] | None = None,
 ) -> tuple[DataIndex, list[Problem]]:
-    """Reads a COCO JSON file, and checks it and its images.
+    """Read a COCO JSON file, and check it and its images.
 
     The index leaves out what is at fault, an image together with its objects. Boxes are clipped to their
     image; one without an area there is left out with a warning.
@@ -41,7 +41,7 @@ def read_coco(
             ids of this file if not given.
 
     Returns:
-        The index and all problems, in the order of the file.
+        The index, and all problems.
     """
     file = _CocoFile(annotations)
     names = dict(file.read("categories", lambda record: (record.id, record.field("name", str))))
@@ -58,7 +58,7 @@ def read_coco(
         if image_id not in position_of:  # at fault itself
             return None
         position = position_of[image_id]
-        size = found_images[position][2:]
+        size = found_images[position].size
         box = clip_box((x, y, x + width, y + height), *size)
         if box is None:
             what = f"bbox {record.content['bbox']} has no area inside its image and is left out"
@@ -78,7 +78,6 @@ def read_coco(
         [each for each in file.read("annotations", read_object) if each is not None],
         class_names=[names.get(each, f"category {each}") for each in category_ids],
         category_ids=category_ids,
-        has_masks=read_masks,
         problems=file.problems,
     )
     return index, file.problems
@@ -92,25 +91,15 @@ class _CocoFile:
         self.problems: list[Problem] = []
         self.ids: dict[str, set[int]] = {group: set() for group in _GROUPS}
         try:
-            content = json.loads(path.read_bytes())
-        except OSError as error:
-            problem = f"cannot be read ({error.strerror})"
-        except (ValueError, RecursionError) as error:
-            problem = f"not JSON ({error})"
-        else:
-            self.content = content if isinstance(content, dict) else {}
-            missing = [group for group in _GROUPS if not isinstance(self.content.get(group), list)]
-            problem = f"no list {' or '.join(map(repr, missing))} at its top level" if missing else ""
-            if not missing and not self.content["images"]:
-                problem = "'images' is empty"
-        if problem:  # what follows from it is not worth saying
-            self.problems.append(Problem(path, "", problem, "give a COCO JSON file of instances"))
-            self.content = {group: [] for group in _GROUPS}
+            self.groups = _load(path)
+        except ValueError as error:
+            self.problems.append(Problem(path, "", str(error), "give a COCO JSON file of instances"))
+            self.groups = {group: [] for group in _GROUPS}
 
     def read(self, group: str, read_record: Callable[["_Record"], T]) -> list[T]:
         """What `read_record` makes of each record but those at fault."""
         results = []
-        for position, content in enumerate(self.content[group]):
+        for position, content in enumerate(self.groups[group]):
             record = _Record(self.path, f"{group}[{position}]", content)
             try:
                 record.take_id(self.ids[group])
@@ -118,6 +107,22 @@ class _CocoFile:
             except RecordError as error:
                 self.problems.append(error.problem)
         return results
+
+
+def _load(path: Path) -> dict[str, list[Any]]:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from error
+    groups = content if isinstance(content, dict) else {}
+    missing = [repr(group) for group in _GROUPS if not isinstance(groups.get(group), list)]
+    if missing:
+        raise ValueError(f"no list {' or '.join(missing)} at its top level")
+    if not groups["images"]:
+        raise ValueError("'images' is empty")
+    return groups
 
 
 class _Record:
@@ -201,7 +206,7 @@ def _sound_images(file: _CocoFile, folder: Path) -> list[IndexedImage]:
         remedy = f"give the folder of the images of {file.path}"
         file.problems.append(Problem(folder, "", "no such folder", remedy))
         return found
-    problems = check_images([folder / each.file_name for each in found], [each[2:] for each in found])
+    problems = check_images([folder / each.file_name for each in found], [each.size for each in found])
     file.problems += filter(None, problems)
     return [each for each, problem in zip(found, problems, strict=True) if problem is None]
 
@@ -210,4 +215,4 @@ def _read_image(record: _Record) -> IndexedImage:
     height, width = record.field("height", int), record.field("width", int)
     if min(height, width) < 1:
         raise record.error(f"width {width} and height {height} must be at least 1", "correct them")
-    return IndexedImage(record.id, record.field("file_name", str), height, width)
+    return IndexedImage(record.id, record.field("file_name", str), (height, width))
