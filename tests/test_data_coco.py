@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from torch.testing import assert_close
 
-from boxteacher.data import DataIndex, read_coco
-from tests.data_support import HEIGHT, WIDTH, Folder, annotation, compressed, filled_mask
+from boxteacher.data import DataIndex, InstanceDataset, read_coco
+from tests.data_support import HEIGHT, WIDTH, Folder, annotation, compressed, filled_mask, sound
 
 
 @pytest.fixture
@@ -224,6 +224,35 @@ def test_all_problems_come_out_of_one_reading(folder: Folder) -> None:
     assert folder.failure().endswith("(first of 12 errors)")  # masks are not looked at
 
 
+ODD = (
+    None,
+    True,
+    -1,
+    3.5,
+    "",
+    "x\\0",
+    [],
+    {},
+    [None] * 4,
+    [1e308] * 4,
+    [[10**400] * 6],
+    math.nan,
+    10**400,
+    2**63,
+)
+
+
+@pytest.mark.parametrize("group", ["images", "categories", "annotations"])
+def test_whatever_a_field_holds_is_read_or_told(folder: Folder, group: str) -> None:
+    for key in [*folder.content[group][0], "area"]:
+        for value in ODD:
+            folder.content = sound()
+            folder.content[group][0][key] = value
+            index, problems = folder.read(read_masks=True)
+            assert problems or len(index.boxes) == 3
+            assert problems or "masks" in InstanceDataset(index)[0][1]
+
+
 @pytest.mark.parametrize("text", ["", "{", "\x00\xff", "[1, 2]", "3"])
 def test_no_coco_file(folder: Folder, text: str) -> None:
     folder.file.write_bytes(text.encode("latin-1"))
@@ -259,6 +288,7 @@ BAD_MASKS: dict[str, Any] = {
     "two points": [[1, 2, 3, 4]],
     "odd": [[1, 2, 3, 4, 5, 6, 7]],
     "nan": [[1, 2, 3, math.nan, 5, 6]],
+    "huge": [[10**400] * 6],
     "ragged": [[1, [2]]],
     "no size": {"counts": CUT["counts"]},
     "other size": {**CUT, "size": [WIDTH, HEIGHT]},

@@ -30,7 +30,7 @@ def encode_mask(segmentation: Any, height: int, width: int) -> bytes:
         if isinstance(counts, list):
             return bytes(mask_util.frPyObjects({"size": size, "counts": counts}, height, width)["counts"])
         return bytes(counts, "ascii")
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError("it is neither polygons nor RLE") from error
 
 
