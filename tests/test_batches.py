@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from boxteacher.data import CocoInstances
+from boxteacher.data import InstanceDataset
 from boxteacher.engine.batches import SeededSamples, sample_order, training_batches, training_data
 from boxteacher.engine.settings import TrainSettings
 
@@ -21,7 +21,7 @@ def settings(data: Path, **changes: Any) -> TrainSettings:
     return TrainSettings("condinst", data, Path(), **options)
 
 
-def batches(data: CocoInstances, start: int = 0, **changes: Any) -> list[Any]:
+def batches(data: InstanceDataset, start: int = 0, **changes: Any) -> list[Any]:
     made = settings(Path(), **changes)
     return list(training_batches(data, made, start=start))
 
@@ -38,12 +38,12 @@ def equal(ours: Any, theirs: Any) -> bool:
 
 
 @pytest.fixture(scope="module")
-def data(shapes: Path) -> CocoInstances:
+def data(shapes: Path) -> InstanceDataset:
     return training_data(settings(shapes))
 
 
 @pytest.fixture(scope="module")
-def stream(data: CocoInstances) -> list[Any]:
+def stream(data: InstanceDataset) -> list[Any]:
     return batches(data)
 
 

@@ -11,8 +11,8 @@ import torch
 from torch.testing import assert_close
 
 from boxteacher.cli import main
-from boxteacher.data.coco_categories import COCO_CATEGORIES
 from boxteacher.engine.checkpoint import load_checkpoint
+from boxteacher.engine.convert import coco_categories
 from boxteacher.engine.segmenters import build_segmenter
 from boxteacher.engine.weights import build_with_weights, fill
 from boxteacher.errors import InputError
@@ -137,7 +137,7 @@ def test_a_converted_checkpoint_finds_what_the_original_does(teacher_file, tmp_p
         1333,
         800,
     )
-    assert dict(zip(info.category_ids, info.class_names, strict=True)) == COCO_CATEGORIES
+    assert dict(zip(info.category_ids, info.class_names, strict=True)) == coco_categories()
     expected, pixels = reference("forward_r50"), reference("forward_solov2_r50")
     with torch.no_grad():
         (found,) = segmenter([pixels("image_0") / 255])
@@ -145,6 +145,14 @@ def test_a_converted_checkpoint_finds_what_the_original_does(teacher_file, tmp_p
     error = error_of(["convert", str(teacher_file), str(out)], capsys)
     assert f"{out} exists" in error
     assert "already" in error_of(["convert", str(out), str(tmp_path / "again.pt")], capsys)
+
+
+def test_categories_of_coco_are_80_with_gaps_between_their_ids():
+    categories = coco_categories()
+    assert len(categories) == 80
+    assert set(range(1, 91)) - set(categories) == {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+    known = {1: "person", 13: "stop sign", 37: "sports ball", 63: "couch", 78: "microwave", 90: "toothbrush"}
+    assert {i: categories[i] for i in known} == known
 
 
 def test_a_released_solov2_finds_what_the_original_does():

@@ -1,89 +1,18 @@
-"""COCO files: what is served against the truth, and what each kind of bad input is called."""
+"""Reading COCO files: what is in the index, and what each kind of bad input is called."""
 
 import copy
-import io
-import json
 import logging
 import math
-import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pycocotools.mask as mask_util
 import pytest
-import torch
 from PIL import Image
-from torch import Tensor
 from torch.testing import assert_close
-from torch.utils.data import DataLoader
 
-from boxteacher.data import CocoInstances, collate, evaluation_transform, training_transform
-from boxteacher.data.images import read_image
-from boxteacher.errors import InputError
-
-HEIGHT, WIDTH = 24, 40
-
-
-def truth_mask(x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
-    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
-    mask[y0:y1, x0:x1] = 1
-    return mask
-
-
-def uncompressed(mask: np.ndarray) -> dict[str, Any]:
-    """Run lengths down the columns, background first."""
-    flat = np.concatenate([[0], mask.flatten(order="F"), [2]])
-    edges = np.flatnonzero(np.diff(flat))
-    return {"size": [HEIGHT, WIDTH], "counts": np.diff(np.concatenate([[0], edges])).tolist()}
-
-
-def compressed(mask: np.ndarray) -> dict[str, Any]:
-    rle = mask_util.encode(np.asfortranarray(mask))
-    return {"size": [HEIGHT, WIDTH], "counts": rle["counts"].decode()}
-
-
-def annotation(identity: int, image: int, category: int, box: list[Any], segmentation: Any) -> dict[str, Any]:
-    record = {"id": identity, "image_id": image, "category_id": category, "bbox": box, "iscrowd": 0}
-    return {**record, "segmentation": segmentation}
-
-
-def sound() -> dict[str, Any]:
-    """Two images with sparse ids, the second without boxes, and all three kinds of segmentation."""
-    return {
-        "images": [
-            {"id": 70, "file_name": "a.png", "width": WIDTH, "height": HEIGHT},
-            {"id": 9, "file_name": "b.jpg", "width": WIDTH, "height": HEIGHT},
-        ],
-        "categories": [{"id": 44, "name": "cat"}, {"id": 3, "name": "dog"}],
-        "annotations": [
-            annotation(1, 70, 44, [4, 2, 10, 6], [[4, 2, 14, 2, 14, 8, 4, 8]]),
-            annotation(2, 70, 3, [20, 5, 8, 9], uncompressed(truth_mask(20, 5, 28, 14))),
-            annotation(5, 70, 44, [30, 0, 10, 24], compressed(truth_mask(30, 0, 40, 24))),
-        ],
-    }
-
-
-class Folder:
-    """A data set on disk whose JSON a test may spoil."""
-
-    def __init__(self, root: Path) -> None:
-        self.images, self.file = root / "images", root / "instances.json"
-        self.images.mkdir()
-        pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(self.images / "a.png")
-        Image.fromarray(pixels).save(self.images / "b.jpg")
-        self.pixels, self.content = pixels, sound()
-
-    def load(self, **options: Any) -> CocoInstances:
-        self.file.write_text(json.dumps(self.content))
-        return CocoInstances(self.images, self.file, **options)
-
-    def failure(self, **options: Any) -> str:
-        with pytest.raises(InputError) as caught:
-            self.load(**options)
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
+from boxteacher.data import DataIndex, InstanceDataset, read_coco
+from tests.data_support import HEIGHT, WIDTH, Folder, annotation, compressed, filled_mask, sound
 
 
 @pytest.fixture
@@ -91,94 +20,88 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path)
 
 
-def assert_same(first: CocoInstances, second: CocoInstances) -> None:
-    for (image, target), (other_image, other_target) in zip(first, second, strict=True):
-        assert_close(image, other_image, rtol=0, atol=0)
-        assert_close(target, other_target, rtol=0, atol=0)
+def assert_same(first: DataIndex, second: DataIndex) -> None:
+    for one, other in zip(vars(first).values(), vars(second).values(), strict=True):
+        assert np.array_equal(one, other) if isinstance(one, np.ndarray) else one == other
 
 
-def test_items(folder: Folder) -> None:
-    data = folder.load()
-    assert data.category_ids == [3, 44]
-    assert data.class_names == ["dog", "cat"]
-    assert data.image_ids == [70, 9]
-    assert data.file_names == ["a.png", "b.jpg"]
-    assert data.sizes == [(HEIGHT, WIDTH)] * 2
-    assert len(data) == 2
-    image, target = data[0]
-    assert_close(image, torch.from_numpy(folder.pixels).permute(2, 0, 1) / 255)
-    assert_close(target["boxes"], torch.tensor([[4.0, 2, 14, 8], [20, 5, 28, 14], [30, 0, 40, 24]]))
-    assert target["labels"].tolist() == [1, 0, 1]
-    assert target["image_id"] == 70
-    assert set(target) == {"boxes", "labels", "image_id", "ignored_bottom_rows"}
-    assert_close(data[-1][0], data[1][0])
-    with pytest.raises(IndexError):
-        data[2]
+def test_the_index_of_a_file(folder: Folder) -> None:
+    folder.content["annotations"][0]["area"] = 41.5
+    index = folder.index()
+    assert index.category_ids == [3, 44]
+    assert index.class_names == ["dog", "cat"]
+    assert index.image_ids.tolist() == [70, 9]
+    assert [index.image_path(i) for i in range(len(index))] == [folder.images / n for n in ("a.png", "b.jpg")]
+    assert index.sizes.tolist() == [[HEIGHT, WIDTH]] * 2
+    assert index.starts.tolist() == [0, 3, 3]
+    assert index.boxes.tolist() == [[4, 2, 14, 8], [20, 5, 28, 14], [30, 0, 40, 24]]
+    assert index.labels.tolist() == [1, 0, 1]
+    assert index.annotation_ids.tolist() == [1, 2, 5]
+    assert index.area.tolist() == [41.5, 72, 240]
+    assert not index.crowd.any()
+    assert index.masks is None
 
 
-def test_image_without_boxes(folder: Folder) -> None:
-    image, target = folder.load(read_masks=True, transform=training_transform(32))[1]
-    assert target["boxes"].shape == (0, 4)
-    assert target["labels"].shape == (0,)
-    assert target["labels"].dtype == torch.int64
-    assert target["masks"].shape == (0, *image.shape[-2:])
+def test_the_image_of_most_boxes_is_counted_without_crowds(folder: Folder) -> None:
+    assert folder.index().max_boxes() == (3, folder.images / "a.png")
+    folder.content["annotations"] += [annotation(10 + i, 9, 3, [i, 0, 5, 5], None) for i in range(4)]
+    assert folder.index().max_boxes() == (4, folder.images / "b.jpg")
+    for record in folder.content["annotations"][4:]:
+        record["iscrowd"] = 1
+    assert folder.index().max_boxes() == (3, folder.images / "a.png")
 
 
-def test_polygons_and_both_kinds_of_rle(folder: Folder) -> None:
-    _, target = folder.load(read_masks=True)[0]
-    truth = np.stack([truth_mask(4, 2, 14, 8), truth_mask(20, 5, 28, 14), truth_mask(30, 0, 40, 24)])
-    assert target["masks"].dtype == torch.bool
-    assert torch.equal(target["masks"], torch.from_numpy(truth).bool())
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"area": None},
+        {"area": "x"},
+        {"area": math.nan},
+        {"iscrowd": None},
+        {"iscrowd": "0"},
+        {"iscrowd": False},
+    ],
+)
+def test_an_optional_field_of_another_type_is_as_if_absent(folder: Folder, field: dict[str, Any]) -> None:
+    sound = folder.index(read_masks=True)
+    for record in folder.content["annotations"]:
+        record.update(field)
+    assert_same(sound, folder.index(read_masks=True))
+    for record in folder.content["annotations"]:
+        del record["iscrowd"]
+    assert_same(sound, folder.index(read_masks=True))
 
 
-def test_random_masks_survive_either_rle(folder: Folder) -> None:
-    noise = np.random.default_rng(1).random((3, HEIGHT, WIDTH)) < [[[0.1]], [[0.5]], [[0.95]]]
-    for encode in (compressed, uncompressed):
-        for record, mask in zip(folder.content["annotations"], noise, strict=True):
-            record["segmentation"] = encode(mask.astype(np.uint8))
-        assert torch.equal(folder.load(read_masks=True)[0][1]["masks"], torch.from_numpy(noise))
-
-
-def test_several_polygons_are_one_mask(folder: Folder) -> None:
-    parts = [[0, 0, 5, 0, 5, 5, 0, 5], [10, 10, 20, 10, 20, 20, 10, 20]]
-    folder.content["annotations"] = [annotation(1, 70, 3, [0, 0, 20, 20], parts)]
-    mask = folder.load(read_masks=True)[0][1]["masks"][0]
-    assert torch.equal(mask, torch.from_numpy(truth_mask(0, 0, 5, 5) + truth_mask(10, 10, 20, 20)).bool())
-
-
-def test_only_plain_tensors_leave(folder: Folder) -> None:
-    for transform in (None, training_transform(30)):
-        image, target = folder.load(read_masks=True, transform=transform)[0]
-        assert all(type(value) in (Tensor, int) for value in (image, *target.values()))
+def test_crowds_are_in_the_index_with_their_masks(folder: Folder) -> None:
+    folder.content["annotations"][1]["iscrowd"] = 1
+    index = folder.index(read_masks=True)
+    assert index.crowd.tolist() == [False, True, False]
+    assert index.masks is not None
+    assert index.masks[1] == compressed(filled_mask(20, 5, 28, 14))["counts"].encode()
 
 
 @pytest.mark.parametrize("segmentation", [None, [], "garbage", [[1]], {"counts": 7}, [["x", {}]], "absent"])
 def test_segmentation_is_never_read_without_masks(folder: Folder, segmentation: Any) -> None:
-    with_it = folder.load()
+    with_it = folder.index()
     for record in folder.content["annotations"]:
         record["segmentation"] = segmentation
         if segmentation == "absent":
             del record["segmentation"]
-    assert_same(with_it, folder.load())
-
-
-def test_crowds_are_left_out(folder: Folder) -> None:
-    without = folder.load(read_masks=True)
-    crowd = annotation(8, 70, 3, [0, 0, 9, 9], "unused")
-    folder.content["annotations"].insert(1, {**crowd, "iscrowd": 1})
-    assert_same(without, folder.load(read_masks=True))
+    assert_same(with_it, folder.index())
 
 
 def test_boxes_are_clipped_silently(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
     folder.content["annotations"][0]["bbox"] = [-3, -2.5, 10, 10]
     folder.content["annotations"][1]["bbox"] = [30, 20, 10.0001, 100]
-    boxes = folder.load()[0][1]["boxes"]
-    assert_close(boxes[:2], torch.tensor([[0, 0, 7, 7.5], [30, 20, 40, 24]]))
+    boxes = folder.index().boxes
+    assert_close(boxes[:2], np.array([[0, 0, 7, 7.5], [30, 20, 40, 24]], dtype=np.float32))
     assert not caplog.records
 
 
 @pytest.mark.parametrize(
-    "box", [[5, 5, 0, 4], [5, 5, 4, -1], [WIDTH, 0, 5, 5], [-9, 3, 9, 3], [1e300, 0, 1e300, 9]], ids=str
+    "box",
+    [[5, 5, 0, 4], [5, 5, 4, -1], [WIDTH, 0, 5, 5], [-9, 3, 9, 3], [1e300, 0, 1e300, 9], [30, 5, 1e-9, 9]],
+    ids=str,
 )
 def test_a_box_without_area_is_dropped_with_one_warning(
     folder: Folder, caplog: pytest.LogCaptureFixture, box: list[float]
@@ -186,64 +109,22 @@ def test_a_box_without_area_is_dropped_with_one_warning(
     # Its segmentation is of no interest either.
     folder.content["annotations"][1].update(bbox=box, segmentation=None)
     folder.content["annotations"].append(annotation(6, 9, 3, box, None))
-    data = folder.load(read_masks=True)
-    assert data[0][1]["labels"].tolist() == [1, 1]
-    assert len(data[1][1]["boxes"]) == 0
+    index = folder.index(read_masks=True)
+    assert index.labels.tolist() == [1, 1]
+    assert index.starts.tolist() == [0, 2, 2]
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "dropped 2 of 4" in caplog.text
-    assert "annotation 2" in caplog.text
+    assert "annotations[1] (id 2): bbox" in caplog.text
+    assert "(1 more like this)" in caplog.text
 
 
 def test_given_categories_fix_the_labels(folder: Folder) -> None:
-    data = folder.load(category_ids=[44, 3, 90])
-    assert data[0][1]["labels"].tolist() == [0, 1, 0]
-    assert data.category_ids == [44, 3, 90]
-    assert data.class_names[:2] == ["cat", "dog"]
+    index = folder.index(category_ids=[44, 3, 90])
+    assert index.labels.tolist() == [0, 1, 0]
+    assert index.category_ids == [44, 3, 90]
+    assert index.class_names == ["cat", "dog", "category 90"]
     message = folder.failure(category_ids=[44])
     assert "(id 2)" in message
     assert "category_id 3" in message
-
-
-def test_ignored_rows_scale_with_the_image(folder: Folder) -> None:
-    assert folder.load(ignored_bottom_rows=5)[0][1]["ignored_bottom_rows"] == 5
-    data = folder.load(ignored_bottom_rows=5, transform=evaluation_transform(WIDTH * 3 // 2))
-    assert data[0][1]["ignored_bottom_rows"] == 7
-    for rows in (-1, HEIGHT):
-        assert f"ignored_bottom_rows={rows}" in folder.failure(ignored_bottom_rows=rows)
-
-
-def test_loader_with_workers_and_pickle(folder: Folder) -> None:
-    data = folder.load(read_masks=True, transform=training_transform(48))
-    images, targets = next(iter(DataLoader(data, batch_size=2, num_workers=2, collate_fn=collate)))
-    assert [image.ndim for image in images] == [3, 3]
-    assert [target["image_id"] for target in targets] == [70, 9]
-    assert_same(folder.load(), pickle.loads(pickle.dumps(folder.load())))
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "LA", "P", "1", "CMYK", "I;16"])
-def test_any_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
-    ramp = np.tile(np.linspace(0, 255, WIDTH).astype(np.uint8), (HEIGHT, 1))
-    if mode == "1":
-        ramp = (ramp > 127).astype(np.uint8) * 255
-    if mode == "I;16":
-        image = Image.fromarray(ramp.astype(np.uint16) * 257)
-    else:
-        image = Image.fromarray(ramp).convert(mode)
-    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
-    image.save(path)
-    loaded = read_image(path)
-    assert loaded.dtype == torch.float32
-    assert loaded.is_contiguous()
-    expected = torch.from_numpy(ramp).expand(3, -1, -1) / 255
-    # JPEG is lossy.
-    assert_close(loaded, expected, atol=0.03 if mode == "CMYK" else 1e-6, rtol=0)
-
-
-def test_exif_orientation_is_not_applied(folder: Folder) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(folder.pixels).save(folder.images / "b.jpg", exif=exif)
-    assert folder.load()[1][0].shape == (3, HEIGHT, WIDTH)
 
 
 # Each spoils the content and says what the message must hold.
@@ -263,6 +144,9 @@ SPOILT: dict[str, tuple[Any, list[str]]] = {
         lambda c: c["annotations"][0].pop("category_id"),
         ["(id 1)", "'category_id' is missing"],
     ),
+    "no crowd flag": (lambda c: c["annotations"][1].update(iscrowd="no"), ["(id 2)", "'iscrowd' is 'no'"]),
+    "huge": (lambda c: c["annotations"][1].update(bbox=[1, 2, 10**400, 4]), ["(id 2)", "infinite"]),
+    "huge id": (lambda c: c["images"][1].update(id=10**30), ["images[1]", "'id' is 1000"]),
     "no id": (lambda c: c["annotations"][0].pop("id"), ["annotations[0]", "'id' is missing"]),
     "no width": (lambda c: c["images"][0].pop("width"), ["(id 70)", "'width' is missing"]),
     "text height": (lambda c: c["images"][0].update(height="24"), ["(id 70)", "'height' is '24'"]),
@@ -271,8 +155,8 @@ SPOILT: dict[str, tuple[Any, list[str]]] = {
     "no name": (lambda c: c["categories"][0].pop("name"), ["(id 44)", "'name' is missing"]),
     "record no object": (lambda c: c["images"].append("x"), ["images[2]", "'id' is missing"]),
     "no images": (lambda c: c["images"].clear(), ["'images' is empty"]),
-    "no boxes": (lambda c: c["annotations"].clear(), ["none of the 0 annotations"]),
-    "only crowds": (lambda c: [a.update(iscrowd=1) for a in c["annotations"]], ["none of the 3 annotations"]),
+    "no boxes": (lambda c: c["annotations"].clear(), ["no annotation is a box"]),
+    "only crowds": (lambda c: [a.update(iscrowd=1) for a in c["annotations"]], ["no annotation is a box"]),
     "no key images": (lambda c: c.pop("images"), ["no list 'images'"]),
     "no key annotations": (lambda c: c.pop("annotations"), ["no list 'annotations'"]),
     "no key categories": (lambda c: c.pop("categories"), ["no list 'categories'"]),
@@ -288,30 +172,123 @@ def test_bad_records_are_named(folder: Folder, name: str) -> None:
         assert part in message
 
 
+def test_all_problems_come_out_of_one_reading(folder: Folder) -> None:
+    """And nothing that merely follows from another problem."""
+    content = folder.content
+    del content["categories"][1]["name"]
+    content["images"] += [
+        {"id": 9, "file_name": "a.png", "width": WIDTH, "height": HEIGHT},
+        {"id": 11, "file_name": "a.png", "width": WIDTH, "height": 0},
+        {"id": 12, "file_name": "gone.png", "width": WIDTH, "height": HEIGHT},
+        {"id": 13, "file_name": "small.png", "width": WIDTH, "height": HEIGHT},
+    ]
+    Image.fromarray(folder.pixels[:5]).save(folder.images / "small.png")
+    box, mask = [1, 1, 5, 5], compressed(filled_mask(1, 1, 6, 6))
+    content["annotations"] += [
+        annotation(5, 70, 3, box, mask),
+        annotation(20, 99, 3, box, mask),
+        annotation(21, 9, 98, box, mask),
+        annotation(22, 9, 3, [1, math.nan, 5, 5], mask),
+        annotation(23, 9, 3, [1, 5, 5], mask),
+        {**annotation(24, 9, 3, box, mask), "iscrowd": "some"},
+        annotation(25, 9, 3, [WIDTH, 1, 5, 5], mask),
+        annotation(26, 9, 3, box, [[]]),
+        "no record",
+        *(annotation(30 + image, image, 3, box, mask) for image in (9, 11, 12, 13)),
+    ]
+    index, problems = folder.read(read_masks=True)
+    expected = [
+        ("categories[1] (id 3)", "'name' is missing"),
+        ("images[2] (id 9)", "same id"),
+        ("images[3] (id 11)", "height 0"),
+        (str(folder.images / "gone.png"), "no such image"),
+        (str(folder.images / "small.png"), f"{WIDTH}x5"),
+        ("annotations[3] (id 5)", "same id"),
+        ("annotations[4] (id 20)", "image_id 99"),
+        ("annotations[5] (id 21)", "category_id 98"),
+        ("annotations[6] (id 22)", "NaN"),
+        ("annotations[7] (id 23)", "four numbers"),
+        ("annotations[8] (id 24)", "'iscrowd' is 'some'"),
+        ("annotations[9] (id 25)", "no area inside its image"),
+        ("annotations[10] (id 26)", "segmentation is no mask"),
+        ("annotations[11] (id 'missing')", "'id' is missing"),
+    ]
+    assert len(problems) == len(expected)
+    for problem, parts in zip(problems, expected, strict=True):
+        assert all(part in str(problem) for part in parts)
+        assert "\n" not in str(problem)
+    assert [p.record for p in problems if p.severity == "warning"] == ["annotations[9] (id 25)"]
+    assert index.image_ids.tolist() == [70, 9]
+    assert index.annotation_ids.tolist() == [1, 2, 5, 26, 39]
+    assert index.class_names == ["category 3", "cat"]
+    assert folder.failure().endswith("(first of 12 errors)")  # masks are not looked at
+
+
+ODD = (
+    None,
+    True,
+    -1,
+    3.5,
+    "",
+    "x\\0",
+    [],
+    {},
+    [None] * 4,
+    [1e308] * 4,
+    [[10**400] * 6],
+    math.nan,
+    10**400,
+    2**63,
+)
+
+
+@pytest.mark.parametrize("group", ["images", "categories", "annotations"])
+def test_whatever_a_field_holds_is_read_or_told(folder: Folder, group: str) -> None:
+    for key in [*folder.content[group][0], "area"]:
+        for value in ODD:
+            folder.content = sound()
+            folder.content[group][0][key] = value
+            index, problems = folder.read(read_masks=True)
+            assert problems or len(index.boxes) == 3
+            assert problems or "masks" in InstanceDataset(index)[0][1]
+
+
 @pytest.mark.parametrize("text", ["", "{", "\x00\xff", "[1, 2]", "3"])
 def test_no_coco_file(folder: Folder, text: str) -> None:
     folder.file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(InputError, match="give a COCO JSON file") as caught:
-        CocoInstances(folder.images, folder.file)
-    assert str(folder.file) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    index, (problem,) = read_coco(folder.images, folder.file)
+    assert len(index) == 0
+    assert problem.file == folder.file
+    assert "give a COCO JSON file" in str(problem)
+    assert "\n" not in str(problem)
 
 
 def test_missing_file_and_folder(folder: Folder) -> None:
-    with pytest.raises(InputError, match=r"nothing\.json: cannot be read"):
-        CocoInstances(folder.images, folder.file.with_name("nothing.json"))
+    _, (problem,) = read_coco(folder.images, folder.file.with_name("nothing.json"))
+    assert "nothing.json: cannot be read" in str(problem)
     folder.images = folder.images / "nowhere"
     assert folder.failure().startswith(f"{folder.images}: no such folder")
 
 
-CUT = compressed(truth_mask(2, 3, 9, 17))
+def test_images_at_fault_are_counted(folder: Folder) -> None:
+    for path in folder.images.iterdir():
+        path.unlink()
+    message = folder.failure()
+    assert message.startswith(f"{folder.images / 'a.png'}: no such image")
+    assert message.endswith("(first of 2 errors)")
+
+
+CUT = compressed(filled_mask(2, 3, 9, 17))
 BAD_MASKS: dict[str, Any] = {
     "missing": None,
     "empty": [],
     "text": "x",
+    "no points": [[]],
+    "no points twice": [[], []],
     "two points": [[1, 2, 3, 4]],
     "odd": [[1, 2, 3, 4, 5, 6, 7]],
     "nan": [[1, 2, 3, math.nan, 5, 6]],
+    "huge": [[10**400] * 6],
     "ragged": [[1, [2]]],
     "no size": {"counts": CUT["counts"]},
     "other size": {**CUT, "size": [WIDTH, HEIGHT]},
@@ -323,6 +300,7 @@ BAD_MASKS: dict[str, Any] = {
     "empty runs": {**CUT, "counts": []},
     "short runs": {**CUT, "counts": [5, 5]},
     "negative runs": {**CUT, "counts": [-5, 5 + HEIGHT * WIDTH]},
+    "half runs": {**CUT, "counts": [0.5, HEIGHT * WIDTH - 0.5]},
     "text runs": {**CUT, "counts": ["a"]},
 }
 
@@ -330,49 +308,20 @@ BAD_MASKS: dict[str, Any] = {
 @pytest.mark.parametrize("name", BAD_MASKS)
 def test_bad_masks_are_named_only_if_read(folder: Folder, name: str) -> None:
     folder.content["annotations"][1]["segmentation"] = copy.deepcopy(BAD_MASKS[name])
-    folder.load()
+    folder.index()
     message = folder.failure(read_masks=True)
     assert str(folder.file) in message
     assert "(id 2)" in message
     assert "mask" in message
 
 
-def test_missing_images_are_counted(folder: Folder) -> None:
-    for path in folder.images.iterdir():
-        path.unlink()
-    message = folder.failure()
-    assert message.startswith(str(folder.images / "a.png"))
-    assert "2 of 2 are missing" in message
-
-
-def test_size_differs_from_the_record(folder: Folder) -> None:
-    Image.fromarray(folder.pixels[:, :-1]).save(folder.images / "b.jpg")
-    message = folder.failure()
-    assert message.startswith(str(folder.images / "b.jpg"))
-    assert f"{WIDTH - 1}x{HEIGHT}" in message
-    assert f"{WIDTH}x{HEIGHT}" in message
-
-
-@pytest.mark.parametrize(("name", "kind"), [("a.png", "PNG"), ("b.jpg", "JPEG")])
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.9])
-def test_truncated_images_are_found_at_once(folder: Folder, name: str, kind: str, share: float) -> None:
-    # Larger than the tail that is looked at, as real photographs are.
-    noise = np.random.default_rng(2).integers(0, 256, (200, 300, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, format=kind)
-    record = next(image for image in folder.content["images"] if image["file_name"] == name)
-    record.update(width=300, height=200)
-    (folder.images / name).write_bytes(buffer.getvalue())
-    folder.load()
-    (folder.images / name).write_bytes(buffer.getvalue()[: int(share * buffer.tell())])
-    assert folder.failure().startswith(f"{folder.images / name}: cannot be read as an image")
-
-
-def test_image_damaged_inside_is_named_when_read(folder: Folder) -> None:
-    path = folder.images / "a.png"
-    data = folder.load()
-    content = bytearray(path.read_bytes())
-    content[80:120] = bytes(40)
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=r"a\.png: cannot be read as an image"):
-        data[0]
+@pytest.mark.parametrize("name", BAD_MASKS)
+def test_where_masks_are_optional_a_bad_one_is_a_warning_and_the_object_stays(
+    folder: Folder, name: str
+) -> None:
+    folder.content["annotations"][1]["segmentation"] = copy.deepcopy(BAD_MASKS[name])
+    index, problems = folder.read(read_masks=True, masks_optional=True)
+    absent = not BAD_MASKS[name]
+    assert [problem.severity for problem in problems] == ([] if absent else ["warning"])
+    assert index.masks is not None
+    assert [mask is None for mask in index.masks] == [False, True, False]

@@ -1,11 +1,13 @@
 """Finding the two layouts of a data set, and saying what is missing."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from boxteacher.data import find_split
+from boxteacher.data import find_split, read_split
 from boxteacher.errors import InputError
+from tests.data_support import Folder
 
 
 def make(root: Path, folder: str, annotations: str) -> None:
@@ -51,3 +53,24 @@ def test_missing_folder_of_images(tmp_path: Path) -> None:
 
 def test_missing_root(tmp_path: Path) -> None:
     assert failure(tmp_path / "nowhere").startswith(f"{tmp_path / 'nowhere'}: no such folder")
+
+
+@pytest.mark.parametrize(
+    ("folder", "annotations", "is_coco"),
+    [("train", "train.json", False), ("train2017", "instances_train2017.json", True)],
+)
+def test_reading_a_split(tmp_path: Path, folder: str, annotations: str, is_coco: bool) -> None:
+    made = Folder(tmp_path)
+    made.images.rename(tmp_path / folder)
+    (tmp_path / "annotations").mkdir()
+    file = tmp_path / "annotations" / annotations
+    file.write_text(json.dumps(made.content))
+    index = read_split(tmp_path, "train", read_masks=True)
+    assert index.is_coco == is_coco
+    assert index.images == tmp_path / folder
+    assert index.masks is not None
+    assert index.annotation_ids.tolist() == [1, 2, 5]
+    del made.content["annotations"][1]["image_id"]
+    file.write_text(json.dumps(made.content))
+    with pytest.raises(InputError, match=r"annotations\[1\] \(id 2\): 'image_id' is missing"):
+        read_split(tmp_path, "train")

@@ -11,16 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from boxteacher.data import CocoInstances, find_split, write_shapes
+from boxteacher.data import InstanceDataset, read_split, write_shapes
 from boxteacher.data.images import read_image
 from boxteacher.errors import InputError
 
 GOLDEN = "d73c1b731f89a26f6107152c6465dcf6b4fbee5b12015944d1de843b5910fa54"
 
 
-def load(root: Path, split: Any = "train") -> CocoInstances:
-    found = find_split(root, split)
-    return CocoInstances(found.images, found.annotations, read_masks=True)
+def load(root: Path, split: Any = "train") -> InstanceDataset:
+    return InstanceDataset(read_split(root, split, read_masks=True))
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -67,7 +66,7 @@ def test_area_and_classes(shapes: Path) -> None:
     assert areas.tolist() == [annotation["area"] for annotation in content["annotations"]]
     labels = torch.cat([target["labels"] for _, target in data])
     assert set(labels.tolist()) == {0, 1, 2, 3}
-    assert data.class_names == ["disc", "triangle", "star", "cross"]
+    assert data.index.class_names == ["disc", "triangle", "star", "cross"]
 
 
 def test_objects_stand_out_in_cielab(shapes: Path) -> None:

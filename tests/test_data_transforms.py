@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from boxteacher.data import evaluation_transform, training_transform
-from boxteacher.data.transforms import ResizeLongestSide, ResizeShortestSide, least_longest_side
+from boxteacher.data.transforms import ResizeLongestSide, ResizeShortestSide
 
 
 def scene(height: int, width: int, box: tuple[int, int, int, int]) -> tuple[Tensor, dict[str, Any]]:
@@ -130,13 +130,14 @@ def test_evaluation_at_a_shortest_side_is_fixed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("image_size", "shortest_side"), [(41, ()), (1, ()), (100, (48, 40)), (32, (64,)), (48, (48,))]
+    ("image_size", "shortest_side", "minimum"),
+    [(41, (), 32), (1, (), 1), (100, (48, 40), 40), (32, (64,), 32), (48, (48,), 48)],
 )
-def test_the_least_longest_side_is_that_of_a_square_image(image_size, shortest_side) -> None:
+def test_the_minimum_longest_side_of_a_square_image(image_size, shortest_side, minimum) -> None:
     transform = training_transform(image_size, shortest_side)
     torch.manual_seed(0)
-    drawn = {transform(*scene(70, 70, (0, 0, 9, 9)))[0].shape[2] for _ in range(150)}
-    assert min(drawn) == least_longest_side(image_size, shortest_side)
+    sampled = {transform(*scene(70, 70, (0, 0, 9, 9)))[0].shape[2] for _ in range(150)}
+    assert min(sampled) == minimum
 
 
 def test_no_instances_and_a_thin_image() -> None:

@@ -1,7 +1,8 @@
 """COCO evaluation, against truths that are known."""
 
+import contextlib
+import io
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from boxteacher.cli import main
-from boxteacher.engine.evaluate import coco_evaluation, coco_results, read_truth
-from tests.engine_support import (
-    annotation,
-    edited,
-    error_of,
-    without_masks,
-)
+from boxteacher.data import DataIndex, read_split
+from boxteacher.data.index import IndexedImage, IndexedObject, build_index
+from boxteacher.engine.evaluate import coco_evaluation, coco_results
+from tests.data_support import compressed
+from tests.engine_support import annotation, edited, without_masks
+
+FULL = {"AP": 100.0, "AP50": 100.0, "AP75": 100.0}
 
 
 def test_evaluation_ends_with_a_line_of_json_and_keeps_it(run, shapes, capsys):
@@ -35,68 +38,114 @@ def test_evaluation_ends_with_a_line_of_json_and_keeps_it(run, shapes, capsys):
     assert sum("Average Precision" in line for line in printed) == 12
 
 
-def truth_as_results(file: Path) -> list[dict[str, Any]]:
-    content = json.loads(file.read_text())
+def truth(root: Path) -> DataIndex:
+    return read_split(root, "val", read_masks=True, masks_optional=True)
+
+
+def truth_as_results(root: Path) -> list[dict[str, Any]]:
+    content = json.loads((root / "annotations" / "val.json").read_text())
     keys = ("image_id", "category_id", "bbox", "segmentation")
     return [{**{key: record[key] for key in keys}, "score": 0.9} for record in content["annotations"]]
 
 
+def random_results(root: Path) -> list[dict[str, Any]]:
+    """Three shifted objects for each of the truth, some of another class."""
+    generator = np.random.default_rng(0)
+    results = []
+    for row in truth_as_results(root) * 3:
+        dx, dy = (int(value) for value in generator.normal(0, 3, 2))
+        x, y, width, height = row["bbox"]
+        mask = np.roll(mask_utils.decode(row["segmentation"]), (dy, dx), (0, 1))
+        moved = {"bbox": [x + dx, y + dy, width + dy, height], "segmentation": compressed(mask)}
+        category = row["category_id"] if generator.random() < 0.8 else 1
+        results.append({**row, **moved, "category_id": category, "score": generator.random()})
+    return results
+
+
 def test_the_truth_itself_has_full_precision(shapes):
-    file = shapes / "annotations" / "val.json"
-    metrics = coco_evaluation(read_truth(file), truth_as_results(file)).metrics
-    full = {"AP": 100.0, "AP50": 100.0, "AP75": 100.0}
-    assert metrics == {"segm": full, "bbox": full}
+    metrics = coco_evaluation(truth(shapes), truth_as_results(shapes)).metrics
+    assert metrics == {"segm": FULL, "bbox": FULL}
+
+
+def with_crowds(content: dict[str, Any]) -> None:
+    """Every third annotation is a crowd, and every other mask a polygon; no id is like its position."""
+    for k, record in enumerate(content["annotations"]):
+        x, y, width, height = record["bbox"]
+        record.update(id=7 * (k + 3), iscrowd=int(k % 3 == 0))
+        if k % 2:
+            record["segmentation"] = [[x, y, x + width, y, x + width / 2, y + height + 0.25]]
+
+
+def test_the_index_is_the_truth_that_pycocotools_reads_from_the_file(shapes, tmp_path):
+    data = edited(shapes, tmp_path / "crowds", "val", with_crowds)
+    results = random_results(shapes)
+    evaluation = coco_evaluation(truth(data), results)
+    expected = []
+    for kind, title in (("segm", "Masks"), ("bbox", "Boxes")):
+        rows = [{k: v for k, v in row.items() if kind == "bbox" or k != "bbox"} for row in results]
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(io.StringIO()):
+            content = COCO(str(data / "annotations" / "val.json"))
+            content.dataset["info"] = {}
+            reference = COCOeval(content, content.loadRes(rows), kind)
+            reference.evaluate()
+            reference.accumulate()
+        with contextlib.redirect_stdout(printed):
+            reference.summarize()
+        assert 0.05 < reference.stats[0] < 0.95
+        expected.append(f"{title}\n{printed.getvalue().rstrip()}")
+    assert evaluation.table == "\n".join(expected)
 
 
 def test_nothing_found_has_no_precision(shapes):
-    metrics = coco_evaluation(read_truth(shapes / "annotations" / "val.json"), []).metrics
+    metrics = coco_evaluation(truth(shapes), []).metrics
     none = {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
     assert metrics == {"segm": none, "bbox": none}
 
 
 def test_boxes_drawn_as_masks_are_right_boxes_but_wrong_masks(shapes):
-    file = shapes / "annotations" / "val.json"
-    results = truth_as_results(file)
+    results = truth_as_results(shapes)
     for row in results:
         height, width = row["segmentation"]["size"]
         x, y, w, h = row["bbox"]
         mask = np.zeros((height, width), dtype=np.uint8, order="F")
         mask[y : y + h, x : x + w] = 1
-        row["segmentation"] = rle_of(mask)
-    metrics = coco_evaluation(read_truth(file), results).metrics
+        row["segmentation"] = compressed(mask)
+    metrics = coco_evaluation(truth(shapes), results).metrics
     assert metrics["bbox"]["AP"] == 100
     assert metrics["segm"]["AP"] < 60
 
 
-def rle_of(mask: np.ndarray) -> dict[str, Any]:
-    rle = mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
-
-
-def test_the_size_of_a_mask_is_its_own_not_its_box_s(tmp_path):
+def test_the_size_of_a_mask_is_its_own_not_its_box_s():
     """A thin diagonal found in the wrong place is a small false mask, however large its box is."""
     true, false = np.eye(200), np.eye(200)[:, ::-1]
-    record = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 200, 200], "area": 200, "iscrowd": 0}
-    content = {
-        "images": [{"id": 1, "file_name": "1.png", "width": 200, "height": 200}],
-        "annotations": [{**record, "segmentation": rle_of(true)}],
-        "categories": [{"id": 1, "name": "line"}],
-    }
-    file = tmp_path / "val.json"
-    file.write_text(json.dumps(content))
+    index = build_index(
+        Path("images"),
+        Path("val.json"),
+        [IndexedImage(1, "1.png", (200, 200))],
+        [IndexedObject(0, (0, 0, 200, 200), 0, 1, False, 200, compressed(true)["counts"].encode())],
+        class_names=["line"],
+        category_ids=[1],
+        problems=[],
+    )
     results = [
-        {"image_id": 1, "category_id": 1, "bbox": [0, 0, 200, 200], "score": score, "segmentation": rle_of(m)}
+        {
+            "image_id": 1,
+            "category_id": 1,
+            "bbox": [0, 0, 200, 200],
+            "score": score,
+            "segmentation": compressed(m),
+        }
         for score, m in ((0.9, false), (0.8, true))
     ]
-    table = coco_evaluation(read_truth(file), results).table.split("Boxes")[0]
+    table = coco_evaluation(index, results).table.split("Boxes")[0]
     (small,) = [line for line in table.splitlines() if "Precision" in line and "small" in line]
     assert float(small.split("=")[-1]) == pytest.approx(0.5, abs=0.01)
 
 
 def test_the_truth_goes_through_coco_results_unharmed(shapes):
     """As detections at the stored size, the truth still has full precision."""
-    file = shapes / "annotations" / "val.json"
-    content = json.loads(file.read_text())
+    content = json.loads((shapes / "annotations" / "val.json").read_text())
     results = []
     for image in content["images"]:
         mine = [record for record in content["annotations"] if record["image_id"] == image["id"]]
@@ -109,7 +158,7 @@ def test_the_truth_goes_through_coco_results_unharmed(shapes):
             "masks": masks[:, None].float(),
         }
         results += coco_results(detections, image["id"], (image["height"], image["width"]), [1, 2, 3, 4])
-    metrics = coco_evaluation(read_truth(file), results).metrics
+    metrics = coco_evaluation(truth(shapes), results).metrics
     assert metrics["segm"]["AP"] == metrics["bbox"]["AP"] == 100
 
 
@@ -141,33 +190,59 @@ def test_no_detections_are_no_results():
     assert coco_results(empty, 0, (40, 60), [1]) == []
 
 
-def test_without_masks_in_the_annotations_only_boxes_are_evaluated(run, shapes, tmp_path, capsys):
-    data = edited(shapes, tmp_path / "stripped", "val", without_masks)
-    checkpoint = tmp_path / "last.pt"
-    shutil.copy(run / "last.pt", checkpoint)
-    assert main(["evaluate", str(checkpoint), "--data", str(data), "--workers", "0"]) == 0
-    metrics = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert metrics["segm"] is None
-    assert set(metrics["bbox"]) == {"AP", "AP50", "AP75"}
+def bare(content: dict[str, Any]) -> None:
+    for record in content["annotations"]:
+        del record["area"], record["iscrowd"]
 
 
-def test_annotations_without_area_or_crowd_flag_are_evaluated(shapes, tmp_path):
-    def bare(content: dict[str, Any]) -> None:
-        for record in content["annotations"]:
-            del record["area"], record["iscrowd"]
-
-    data = edited(shapes, tmp_path / "bare", "val", bare)
-    results = truth_as_results(shapes / "annotations" / "val.json")
-    metrics = coco_evaluation(read_truth(data / "annotations" / "val.json"), results).metrics
-    assert metrics["segm"]["AP"] == metrics["bbox"]["AP"] == 100
+def loosely_typed(content: dict[str, Any]) -> None:
+    for record in content["annotations"]:
+        record.update(area=None, iscrowd="0")
 
 
-def test_a_broken_mask_stops_an_evaluation_before_it_begins(run, shapes, tmp_path, capsys):
-    def break_mask(content: dict[str, Any]) -> None:
-        annotation(content)["segmentation"] = [[1, 2, 3, 4]]
+def numbered_from_0(content: dict[str, Any]) -> None:
+    for k, record in enumerate(content["annotations"]):
+        record["id"] = k
 
-    data = edited(shapes, tmp_path / "data", "val", break_mask)
-    assert "segmentation" in error_of(["evaluate", str(run / "last.pt"), "--data", str(data)], capsys)
+
+def with_a_box_outside(content: dict[str, Any]) -> None:
+    first = content["annotations"][0]
+    content["annotations"].insert(0, {**first, "id": 999, "bbox": [1000, 5, 9, 9]})
+
+
+@pytest.mark.parametrize("change", [bare, loosely_typed, numbered_from_0, with_a_box_outside])
+def test_the_truth_has_full_precision_whatever_is_odd_about_its_file(shapes, tmp_path, change):
+    data = edited(shapes, tmp_path / "data", "val", change)
+    assert coco_evaluation(truth(data), truth_as_results(shapes)).metrics == {"segm": FULL, "bbox": FULL}
+
+
+def test_without_masks_in_the_annotations_only_boxes_are_evaluated(shapes, tmp_path, caplog):
+    index = truth(edited(shapes, tmp_path / "stripped", "val", without_masks))
+    results = random_results(shapes)
+    metrics = coco_evaluation(index, results).metrics
+    assert metrics == {"segm": None, "bbox": coco_evaluation(truth(shapes), results).metrics["bbox"]}
+    assert "only boxes are evaluated" in caplog.text
+
+
+def partly_masked(content: dict[str, Any]) -> None:
+    annotation(content)["segmentation"] = [[1, 2, 3, 4]]
+    del content["annotations"][4]["segmentation"]
+
+
+def test_objects_without_a_usable_mask_are_ignored_in_the_ap_of_masks(shapes, tmp_path, caplog):
+    index = truth(edited(shapes, tmp_path / "data", "val", partly_masked))
+    assert "annotations[2]" in caplog.text
+    assert "segmentation is no mask" in caplog.text
+    found = truth_as_results(shapes)
+    assert coco_evaluation(index, found).metrics == {"segm": FULL, "bbox": FULL}
+    assert "2 objects have no mask" in caplog.text
+    missed = [row for k, row in enumerate(found) if k not in (2, 4)]
+    metrics = coco_evaluation(index, missed).metrics
+    assert metrics["segm"] == FULL
+    assert metrics["bbox"]["AP"] < 100
+    results = random_results(shapes)
+    expected = coco_evaluation(truth(shapes), results).metrics["bbox"]
+    assert coco_evaluation(index, results).metrics["bbox"] == expected
 
 
 @settings(max_examples=30, deadline=None)

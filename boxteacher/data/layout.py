@@ -1,9 +1,13 @@
-"""Where a data set keeps the images and the annotations of a split."""
+"""Where a data set keeps the images and the annotations of a split, and reading it from there."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from boxteacher.data.formats.coco import read_coco
+from boxteacher.data.index import DataIndex
+from boxteacher.data.problems import raise_first_error
 from boxteacher.errors import InputError
 
 
@@ -41,3 +45,30 @@ def find_split(root: Path, name: Literal["train", "val"]) -> Split:
         f"{root}: no {name} split; looked for {own.annotations} and {coco.annotations}; "
         f"put a COCO JSON file at one of them, and its images in {own.images} or {coco.images}"
     )
+
+
+def read_split(
+    root: Path,
+    name: Literal["train", "val"],
+    *,
+    read_masks: bool = False,
+    masks_optional: bool = False,
+    category_ids: Sequence[int] | None = None,
+) -> DataIndex:
+    """Find a split under `root` and read it; warnings about it are logged.
+
+    The arguments after `name` are those of `read_coco`.
+
+    Raises:
+        InputError: there is no such split (see `find_split`), or something in it cannot be used.
+    """
+    split = find_split(root, name)
+    index, problems = read_coco(
+        split.images,
+        split.annotations,
+        read_masks=read_masks,
+        masks_optional=masks_optional,
+        category_ids=category_ids,
+    )
+    raise_first_error(problems)
+    return replace(index, is_coco=split.is_coco)

@@ -1,4 +1,4 @@
-"""A data set that the library draws itself: textured shapes that hide one another, with true masks.
+"""A data set that the library renders itself: textured shapes that hide one another, with true masks.
 
 A pixel is the same on every machine: its value comes from a seeded generator of uniform numbers through
 sums, products, quotients and square roots alone, which IEEE 754 rounds in one way only.
@@ -27,7 +27,7 @@ _VERSION = 2
 _MIN_SIZE = 32
 _MIN_VISIBLE = 0.4
 _CONTRAST = 200.0
-_COLOUR_TRIES = 24
+_COLOR_TRIES = 24
 _COS72 = (math.sqrt(5) - 1) / 4
 _COS36 = (math.sqrt(5) + 1) / 4
 _SIN72 = math.sqrt(10 + 2 * math.sqrt(5)) / 4
@@ -38,18 +38,18 @@ _STAR = ((0.0, -1.0), (_SIN72, -_COS72), (-_SIN72, -_COS72), (_SIN36, _COS36), (
 
 
 def write_shapes(root: Path, *, train: int = 300, val: int = 60, size: int = 128, seed: int = 0) -> None:
-    """Draw the data set into a new folder, in the layout that `find_split` finds.
+    """Render the data set into a new folder, in the layout that `find_split` finds.
 
     Each image holds one to four objects of four classes, in any colour, the nearer ones hiding the farther;
     boxes and masks are those of the visible parts. A folder that already holds the same data set is left
     as it is, and a run that is stopped leaves no folder.
 
     Args:
-        root: the folder to write; it may exist only if it is empty or holds the same data set.
+        root: folder to write; it may exist only if it is empty or holds the same data set.
         train: number of training images, at least 1.
         val: number of validation images, at least 1.
-        size: the greatest height and width in pixels, at least 32.
-        seed: at least 0; another seed draws other images.
+        size: maximum of height and width in pixels, at least 32.
+        seed: seed of all random numbers, at least 0; another seed gives other images.
 
     Raises:
         InputError: a number is out of its range, or `root` holds something else.
@@ -92,7 +92,7 @@ def _write_split(root: Path, split: str, generators: Iterator[np.random.Generato
     annotations: list[dict[str, Any]] = []
     (root / split).mkdir()
     for identity, generator in enumerate(generators, start=1):
-        pixels, objects = _draw(generator, size)
+        pixels, objects = _render(generator, size)
         height, width = pixels.shape[:2]
         name = f"{identity:05d}.png"
         Image.fromarray(pixels).save(root / split / name)
@@ -120,29 +120,29 @@ def _tight_box(mask: Mask) -> list[int]:
     return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
 
 
-def _draw(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], list[tuple[int, Mask]]]:
-    """Draw an image, uint8 (H, W, 3), and the class and visible part, bool (H, W), of each object."""
+def _render(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], list[tuple[int, Mask]]]:
+    """An image, uint8 (H, W, 3), and the class and visible part, bool (H, W), of each object."""
     height, width = (size - int(rng.random() * (size // 8 + 1)) for _ in range(2))
     y, x = (axis.astype(np.float64) + 0.5 for axis in np.indices((height, width)))
-    colours = [_colour(rng, [])]
+    colors = [_color(rng, [])]
     light = (rng.random() - 0.5) * 30 * x / width + (rng.random() - 0.5) * 30 * y / height
-    canvas = colours[0] + (light + _texture(rng, x, y))[..., None]  # (H, W, 3)
+    pixels = colors[0] + (light + _texture(rng, x, y))[..., None]  # (H, W, 3)
     free = np.ones((height, width), dtype=bool)
     objects = []
-    # The nearest first, so that what is left of each later one is known when it is drawn.
+    # The nearest first, so that what is left of each later one is known when it is rendered.
     for _ in range(2 + int(rng.random() * 3)):
         kind = int(rng.random() * len(CLASS_NAMES))
         whole = _shape(kind, *_local(rng, x, y, size))
         visible = whole & free
         if visible.sum() < max(_MIN_VISIBLE * whole.sum(), size * size / 256):
             continue
-        colours.append(_colour(rng, colours))
-        surface = colours[-1] + _texture(rng, x, y)[..., None]  # (H, W, 3)
-        canvas[visible] = surface[visible]
+        colors.append(_color(rng, colors))
+        surface = colors[-1] + _texture(rng, x, y)[..., None]  # (H, W, 3)
+        pixels[visible] = surface[visible]
         free &= ~visible
         objects.append((kind, visible))
     grain = rng.random((height, width, 3)) * 6 - 3
-    return (canvas + grain).clip(0, 255).astype(np.uint8), objects
+    return (pixels + grain).clip(0, 255).astype(np.uint8), objects
 
 
 def _local(rng: np.random.Generator, x: Array, y: Array, size: int) -> tuple[Array, Array]:
@@ -158,7 +158,7 @@ def _local(rng: np.random.Generator, x: Array, y: Array, size: int) -> tuple[Arr
 def _turn(rng: np.random.Generator, x: Array, y: Array, reach: float) -> tuple[Array, Array]:
     """Turn by a random angle, made of quotients because sines differ between machines in the last bit.
 
-    The angle is 2 · arctan(t) with t drawn from −reach to reach: a reach of 0.2 is 23 degrees, 1 is 90.
+    The angle is 2 · arctan(t) with t uniform in −reach … reach: a reach of 0.2 is 23 degrees, 1 is 90.
     """
     t = reach * (2 * rng.random() - 1)
     cosine, sine = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
@@ -178,7 +178,7 @@ def _shape(kind: int, u: Array, v: Array) -> Mask:
 
 
 def _texture(rng: np.random.Generator, x: Array, y: Array) -> Array:
-    """Brightness around zero: stripes, checks or blotches, faint beside the contrast between colours."""
+    """Brightness around zero: stripes, checks or blotches, faint beside the contrast between colors."""
     kind, strength = int(rng.random() * 3), 3 + 6 * rng.random()
     u, v = _turn(rng, x, y, reach=1)
     period = 6 + 10 * rng.random()
@@ -195,9 +195,9 @@ def _wave(phase: Array) -> Array:
     return abs(phase - np.floor(phase) - 0.5) * 4 - 1
 
 
-def _colour(rng: np.random.Generator, others: list[Array]) -> Array:
-    """Draw a colour (3,), 0..255, well apart from others: the first such one, or else the farthest."""
-    tries = 20 + 215 * rng.random((_COLOUR_TRIES, 3))
+def _color(rng: np.random.Generator, others: list[Array]) -> Array:
+    """A random color (3,), 0..255, well apart from others: the first such one, or else the farthest."""
+    tries = 20 + 215 * rng.random((_COLOR_TRIES, 3))
     if not others:
         return tries[0]
     apart = np.stack([_difference(tries, other) for other in others]).min(axis=0)  # (tries,)
@@ -206,7 +206,7 @@ def _colour(rng: np.random.Generator, others: list[Array]) -> Array:
 
 
 def _difference(a: Array, b: Array) -> Array:
-    """How different colours look, by a weighted distance in RGB; 0 to about 765."""
+    """How different colors look, by a weighted distance in RGB; 0 to about 765."""
     red = (a[..., 0] + b[..., 0]) / 512
     d = (a - b) * (a - b)
     return np.sqrt((2 + red) * d[..., 0] + 4 * d[..., 1] + (3 - red) * d[..., 2])

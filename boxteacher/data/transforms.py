@@ -17,8 +17,8 @@ class ResizeLongestSide(nn.Module):
     `v2.Transform`, whose hooks were renamed between the releases of torchvision that are supported.
 
     Args:
-        low: the smallest longest side in pixels, at least 1.
-        high: the greatest, inclusive; equal to `low` for a fixed size.
+        low: minimum of the longest side in pixels, at least 1.
+        high: maximum, inclusive; equal to `low` for a fixed size.
 
     Raises:
         ValueError: not 1 <= low <= high.
@@ -33,20 +33,20 @@ class ResizeLongestSide(nn.Module):
 
     def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Resize a float image (3, H, W) in [0, 1] and each `BoundingBoxes` and `Mask` in its target."""
-        # torch's generator, so that the seeds of DataLoader workers govern the draw.
+        # torch's generator, so that the seeds of DataLoader workers govern the size.
         longest = int(torch.randint(self.low, self.high + 1, ()))
         return _resize(image, target, longest / max(image.shape[-2:]))
 
 
 class ResizeShortestSide(nn.Module):
-    """Scale an image and its target so that the shortest side is drawn from a list, as COCO's schedules do.
+    """Scale an image and its target so that the shortest side is sampled from a list, as in COCO's schedules.
 
     Where that would make the longest side too long, the longest side is `longest`. For the rest as
     `ResizeLongestSide`; torchvision's `RandomShortestSize` would move masks by up to half a pixel.
 
     Args:
-        sizes: of the shortest side in pixels, at least 1 each.
-        longest: the greatest longest side in pixels, at least 1.
+        sizes: lengths of the shortest side in pixels, at least 1 each.
+        longest: maximum of the longest side in pixels, at least 1.
 
     Raises:
         ValueError: no sizes, or one of the numbers is less than 1.
@@ -89,21 +89,16 @@ def training_transform(image_size: int, shortest_side: Sequence[int] = ()) -> v2
     """An image of a random size, flipped left-right half the time.
 
     Args:
-        image_size: the longest side in pixels is drawn from 0.8 of that upwards.
-        shortest_side: if given, the shortest side is drawn from these, and `image_size` is the most that
-            the longest may be.
+        image_size: maximum of the longest side in pixels, which is sampled from 0.8 of that upwards.
+        shortest_side: lengths that the shortest side is sampled from instead, if any are given; the longest
+            is still at most `image_size`.
     """
     resize = (
         ResizeShortestSide(shortest_side, image_size)
         if shortest_side
-        else ResizeLongestSide(least_longest_side(image_size), image_size)
+        else ResizeLongestSide(max(1, image_size * 4 // 5), image_size)
     )
     return v2.Compose([resize, v2.RandomHorizontalFlip(0.5)])
-
-
-def least_longest_side(image_size: int, shortest_side: Sequence[int] = ()) -> int:
-    """The longest side in pixels of the smallest image that `training_transform` may give."""
-    return min(*shortest_side, image_size) if shortest_side else max(1, image_size * 4 // 5)
 
 
 def evaluation_transform(image_size: int, shortest_side: int | None = None) -> v2.Transform:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from boxteacher.data import CocoInstances, collate, find_split, training_transform
-from boxteacher.data.transforms import least_longest_side
+from boxteacher.data import InstanceDataset, collate, find_split, read_split, training_transform
 from boxteacher.engine.devices import to_device
 from boxteacher.engine.settings import TrainSettings
 from boxteacher.errors import InputError
@@ -21,54 +20,43 @@ logger = logging.getLogger(__name__)
 _COCO_IGNORED_BOTTOM_ROWS = 10
 
 
-def training_data(settings: TrainSettings) -> CocoInstances:
+def training_data(settings: TrainSettings) -> InstanceDataset:
     """The training split; masks are read for mask supervision alone.
 
     Raises:
-        InputError: see `CocoInstances`.
+        InputError: see `read_split` and `InstanceDataset`.
     """
-    split = find_split(settings.data, "train")
-    return CocoInstances(
-        split.images,
-        split.annotations,
-        read_masks=settings.supervision == "mask",
+    index = read_split(settings.data, "train", read_masks=settings.supervision == "mask")
+    return InstanceDataset(
+        index,
         transform=training_transform(settings.image_size, settings.shortest_side),
-        ignored_bottom_rows=_COCO_IGNORED_BOTTOM_ROWS if split.is_coco else 0,
+        ignored_bottom_rows=_COCO_IGNORED_BOTTOM_ROWS if index.is_coco else 0,
     )
 
 
-def check_validation_split(settings: TrainSettings, data: CocoInstances) -> None:
+def check_validation_split(settings: TrainSettings, data: InstanceDataset) -> None:
     """Raises InputError if the evaluation could not read the validation split; warns if there is none."""
     try:
-        split = find_split(settings.data, "val")
+        find_split(settings.data, "val")
     except InputError as error:
         logger.warning("there is nothing to evaluate this run on: %s", error)
         return
-    CocoInstances(split.images, split.annotations, category_ids=data.category_ids)
+    read_split(settings.data, "val", category_ids=data.index.category_ids)
 
 
-def check_batches(student: nn.Module, settings: TrainSettings, data: CocoInstances) -> None:
-    """Raises InputError if an image may have more boxes than the student has queries, or a batch norm a
-    single value of a batch."""
+def check_queries(student: nn.Module, settings: TrainSettings, data: InstanceDataset) -> None:
+    """Raises InputError if an image has more boxes than the student has queries."""
     queries: Any = getattr(student, "num_queries", math.inf)
-    boxes, image = data.most_boxes()
+    boxes, image = data.index.max_boxes()
     if boxes > queries:
         raise InputError(
             f"{image} has {boxes} boxes, but {settings.model} finds {queries} objects at most, one a query: "
             "take such images out of the training split, or choose another --model"
         )
-    pixels = least_longest_side(settings.image_size, settings.shortest_side)
-    divisor: Any = student.size_divisor
-    trained = any(isinstance(module, nn.BatchNorm2d) and module.training for module in student.modules())
-    if settings.batch_size == 1 and pixels <= divisor and trained:
-        raise InputError(
-            f"batch_size is 1, images may be as small as {pixels} pixels, and {settings.model}'s batch norms "
-            f"need more than one image of {divisor}: give --batch-size 2 or larger images"
-        )
 
 
 def training_batches(
-    data: CocoInstances, settings: TrainSettings, *, start: int
+    data: InstanceDataset, settings: TrainSettings, *, start: int
 ) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
     """Images and targets of each step, on the run's device.
 
@@ -116,7 +104,7 @@ class SeededSamples(Dataset[tuple[Tensor, dict[str, Any]]]):
     The target gets the image's `file_name`, for messages.
     """
 
-    def __init__(self, data: CocoInstances, seed: int) -> None:
+    def __init__(self, data: InstanceDataset, seed: int) -> None:
         self.data = data
         self.seed = seed
 
@@ -126,7 +114,7 @@ class SeededSamples(Dataset[tuple[Tensor, dict[str, Any]]]):
             # Not torch.manual_seed, which would seed the GPU's generator too.
             torch.default_generator.manual_seed(_seed_of(self.seed, position))
             image, target = self.data[index]
-        return image, {**target, "file_name": self.data.file_names[index]}
+        return image, {**target, "file_name": self.data.index.file_names[index]}
 
 
 def _seed_of(*numbers: int) -> int:

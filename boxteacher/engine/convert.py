@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import torch
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from boxteacher.data.coco_categories import COCO_CATEGORIES
 from boxteacher.engine.checkpoint import SegmenterInfo, is_checkpoint, save_checkpoint
 from boxteacher.engine.files import check_new_file, write_atomically
 from boxteacher.engine.segmenters import build_segmenter
@@ -56,11 +56,9 @@ def _write_segmenter(model: str, whole: SegmenterWeights, source: Path, destinat
         model, whole.num_classes, backbone=whole.backbone, weights="none", image_size=_LONGEST_SIDE
     )
     fill(segmenter, whole.num_classes, whole, source)
-    categories = (
-        COCO_CATEGORIES
-        if whole.num_classes == len(COCO_CATEGORIES)
-        else {i + 1: f"class {i + 1}" for i in range(whole.num_classes)}
-    )
+    categories = coco_categories()
+    if whole.num_classes != len(categories):
+        categories = {i + 1: f"class {i + 1}" for i in range(whole.num_classes)}
     info = SegmenterInfo(
         model=model,
         backbone=whole.backbone,
@@ -70,3 +68,9 @@ def _write_segmenter(model: str, whole: SegmenterWeights, source: Path, destinat
         category_ids=list(categories),
     )
     save_checkpoint(destination, segmenter, info)
+
+
+def coco_categories() -> dict[int, str]:
+    """Names of the 80 categories that COCO's detection data is annotated with, by id; the ids have gaps."""
+    names = MaskRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
+    return {i: name for i, name in enumerate(names) if name not in ("__background__", "N/A")}

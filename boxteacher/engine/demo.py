@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from boxteacher.data import CocoInstances, evaluation_transform, find_split, write_shapes
+from boxteacher.data import InstanceDataset, evaluation_transform, read_split, write_shapes
 from boxteacher.engine.checkpoint import load_checkpoint
 from boxteacher.engine.drawing import contact_sheet, draw_detections, write_picture
 from boxteacher.engine.evaluate import Evaluation, evaluate
@@ -49,10 +49,7 @@ def run_demo(output: Path, *, steps: int) -> tuple[Evaluation, Path]:
 @torch.inference_mode()
 def _sheet(checkpoint: Path, data: Path) -> torch.Tensor:
     segmenter, info = load_checkpoint(checkpoint)
-    split = find_split(data, "val")
-    images = CocoInstances(
-        split.images, split.annotations, transform=evaluation_transform(2 * info.image_size)
-    )
+    images = InstanceDataset(read_split(data, "val"), transform=evaluation_transform(2 * info.image_size))
     pictures = []
     for index in range(min(_PICTURES, len(images))):
         large, _ = images[index]

@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
-from boxteacher.data import CocoInstances, collate, evaluation_transform, find_split
-from boxteacher.data.images import encode_mask
+from boxteacher.data import DataIndex, InstanceDataset, collate, evaluation_transform, read_split
 from boxteacher.engine.checkpoint import load_checkpoint
 from boxteacher.engine.devices import pick_device
 from boxteacher.engine.files import write_atomically
-from boxteacher.errors import InputError
 from boxteacher.protocol import Detections
 
 logger = logging.getLogger(__name__)
@@ -88,22 +86,19 @@ def evaluate_segmenter(
     Raises:
         InputError: the data cannot be used.
     """
-    split = find_split(data, "val")
-    dataset = CocoInstances(
-        split.images,
-        split.annotations,
-        transform=evaluation_transform(image_size, shortest_side),
-        category_ids=category_ids,
-    )
-    if dataset.class_names != class_names:
+    index = read_split(data, "val", read_masks=True, masks_optional=True, category_ids=category_ids)
+    if index.class_names != class_names:
         logger.warning(
             "%s names the classes %s, the segmenter %s: they are matched by category id",
-            split.annotations,
-            dataset.class_names,
+            index.annotations,
+            index.class_names,
             class_names,
         )
-    truth = read_truth(split.annotations)
-    return coco_evaluation(truth, _results(segmenter, dataset, category_ids, workers))
+    # The truth's masks are compared as run lengths, so no worker has to decode them.
+    images = InstanceDataset(
+        replace(index, masks=None), transform=evaluation_transform(image_size, shortest_side)
+    )
+    return coco_evaluation(index, _results(segmenter, images, workers))
 
 
 def coco_results(
@@ -140,65 +135,70 @@ def coco_results(
     ]
 
 
-def read_truth(annotations: Path) -> dict[str, Any]:
-    """COCO JSON with all that pycocotools needs filled in, and every mask as a checked run-length code.
-
-    Masks are left out altogether if not every annotation has one.
-
-    Raises:
-        InputError: an annotation has no box, or a mask that is none; the message names it.
-    """
-    content: dict[str, Any] = json.loads(annotations.read_bytes())
-    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
-    has_masks = all(record.get("segmentation") for record in content["annotations"])
-    if not has_masks:
-        logger.warning("%s: not every annotation has a segmentation: only boxes are evaluated", annotations)
-    for record in content["annotations"]:
-        where = f"{annotations}: annotation {record['id']}"
-        if not isinstance(record.get("bbox"), list) or len(record["bbox"]) != 4:
-            raise InputError(f"{where}: bbox is {record.get('bbox')!r}; give x, y, width, height")
-        segmentation = record.pop("segmentation", None)
-        if has_masks:
-            height, width = sizes[record["image_id"]]
-            try:
-                counts = encode_mask(segmentation, height, width)
-            except ValueError as error:
-                raise InputError(f"{where}: segmentation is no mask ({error}); correct it") from error
-            record["segmentation"] = {"size": [height, width], "counts": counts}
-        record.setdefault("iscrowd", 0)
-        record.setdefault("area", record["bbox"][2] * record["bbox"][3])
-    return content
-
-
-def coco_evaluation(truth: dict[str, Any], results: list[dict[str, Any]]) -> Evaluation:
+def coco_evaluation(index: DataIndex, results: list[dict[str, Any]]) -> Evaluation:
     """COCO's evaluation.
 
+    Masks are compared if an object has one; objects without one are then ignored as crowds are. Boxes are
+    compared in any case, and their figures depend on no mask.
+
     Args:
-        truth: from `read_truth`; masks are compared if it has them.
+        index: the truth, with its masks if they are to be compared.
         results: as `coco_results` makes them.
     """
     tables: list[str] = []
     metrics: Metrics = {"segm": None, "bbox": None}
-    has_masks = all("segmentation" in record for record in truth["annotations"])
-    for kind in ("segm", "bbox") if has_masks else ("bbox",):
+    if index.masks is None:
+        logger.warning("%s: no object has a mask: only boxes are evaluated", index.annotations)
+    elif missing := sum(mask is None for mask in index.masks):
+        logger.warning("%s: %d objects have no mask: mask AP ignores them", index.annotations, missing)
+    for kind in ("bbox",) if index.masks is None else ("segm", "bbox"):
         # pycocotools writes into results, and takes a mask's area from its box if there is one.
         rows = [{k: v for k, v in row.items() if kind == "bbox" or k != "bbox"} for row in results]
-        table, metrics[kind] = _coco_table(truth, rows, kind)
+        table, metrics[kind] = _coco_table(_truth(index, kind), rows, kind)
         tables.append(f"{'Masks' if kind == 'segm' else 'Boxes'}\n{table}")
     return Evaluation("\n".join(tables), metrics)
 
 
+def _truth(index: DataIndex, kind: str) -> dict[str, Any]:
+    """The index as pycocotools reads it from a file."""
+    owners = np.repeat(np.arange(len(index)), np.diff(index.starts))  # (M,)
+    columns = {
+        "id": range(1, len(owners) + 1),  # pycocotools takes the id 0 for unmatched
+        "image_id": index.image_ids[owners].tolist(),
+        "category_id": np.asarray(index.category_ids)[index.labels].tolist(),
+        "bbox": box_convert(torch.from_numpy(index.boxes).double(), "xyxy", "xywh").tolist(),
+        "area": index.area.tolist(),
+        "iscrowd": index.crowd.tolist(),
+    }
+    annotations = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if kind == "segm" and index.masks is not None:
+        sizes = index.sizes[owners].tolist()
+        for annotation, mask, size in zip(annotations, index.masks, sizes, strict=True):
+            annotation["segmentation"] = {"size": size, "counts": mask}
+            if mask is None:  # ignored, and so are detections in its box
+                annotation["iscrowd"] = True
+                (annotation["segmentation"],) = mask_utils.frPyObjects(np.array([annotation["bbox"]]), *size)
+    return {
+        "info": {},
+        "images": [
+            {"id": image_id, "height": height, "width": width}
+            for image_id, (height, width) in zip(index.image_ids.tolist(), index.sizes.tolist(), strict=True)
+        ],
+        "categories": [{"id": each} for each in index.category_ids],
+        "annotations": annotations,
+    }
+
+
 @torch.inference_mode()
-def _results(
-    segmenter: nn.Module, dataset: CocoInstances, category_ids: list[int], workers: int
-) -> list[dict[str, Any]]:
+def _results(segmenter: nn.Module, dataset: InstanceDataset, workers: int) -> list[dict[str, Any]]:
     device = next(segmenter.parameters()).device
     loader = DataLoader(dataset, batch_size=1, num_workers=workers, collate_fn=collate)
     results = []
-    for index, (images, targets) in enumerate(loader):
+    for i, (images, targets) in enumerate(loader):
         (detections,) = segmenter([image.to(device) for image in images])
-        size = dataset.sizes[index]
-        results += coco_results(detections, targets[0]["image_id"], size, category_ids)
+        height, width = dataset.index.sizes[i].tolist()
+        category_ids = dataset.index.category_ids
+        results += coco_results(detections, targets[0]["image_id"], (height, width), category_ids)
     return results
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from boxteacher.data import evaluation_transform
-from boxteacher.data.images import decode_masks, read_image
+from boxteacher.data.images import read_image
+from boxteacher.data.masks import decode_masks
 from boxteacher.engine.checkpoint import SegmenterInfo, load_checkpoint
 from boxteacher.engine.devices import pick_device
 from boxteacher.engine.drawing import draw_detections, write_picture

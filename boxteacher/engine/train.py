@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from boxteacher.augmentation import StrongAugmentation
-from boxteacher.engine.batches import check_batches, check_validation_split, training_batches, training_data
+from boxteacher.engine.batches import check_queries, check_validation_split, training_batches, training_data
 from boxteacher.engine.checkpoint import SegmenterInfo
 from boxteacher.engine.optimization import build_optimizer, build_schedule
 from boxteacher.engine.progress import TrainingLog
@@ -35,7 +35,7 @@ def train(settings: TrainSettings) -> Path:
     check_validation_split(settings, data)
     segmenter = build_with_weights(
         settings.model,
-        len(data.class_names),
+        len(data.index.class_names),
         backbone=settings.backbone,
         weights=settings.weights,
         image_size=settings.image_size,
@@ -44,7 +44,7 @@ def train(settings: TrainSettings) -> Path:
     # The order that convolutions are fastest in, on processors as on GPUs.
     segmenter = segmenter.to(memory_format=torch.channels_last)
     model = supervise(segmenter, settings).to(settings.device).train()
-    check_batches(model.student, settings, data)
+    check_queries(model.student, settings, data)
 
     optimizer = build_optimizer(model.student, settings)
     state = RunState(model, optimizer, build_schedule(optimizer, settings))
@@ -52,8 +52,8 @@ def train(settings: TrainSettings) -> Path:
         settings.model,
         settings.backbone,
         settings.image_size,
-        data.class_names,
-        data.category_ids,
+        data.index.class_names,
+        data.index.category_ids,
         shortest_side=max(settings.shortest_side, default=None),
     )
     write_settings(settings)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from boxteacher import EMATeacher
-from boxteacher.data import CocoInstances, collate, find_split, training_transform
+from boxteacher.data import InstanceDataset, collate, read_split, training_transform
 from boxteacher.engine.checkpoint import load_checkpoint
 from boxteacher.grid import mask_grid
 from boxteacher.targets import grid_targets
@@ -48,9 +48,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=12, help="of four images")
     arguments = parser.parse_args()
     segmenter, info = load_checkpoint(arguments.checkpoint)
-    split = find_split(arguments.data, "train")
-    transform = training_transform(info.image_size)
-    data = CocoInstances(split.images, split.annotations, read_masks=True, transform=transform)
+    index = read_split(arguments.data, "train", read_masks=True)
+    data = InstanceDataset(index, transform=training_transform(info.image_size))
     torch.manual_seed(0)
     some = torch.randperm(len(data))[: arguments.batches * _BATCH_SIZE].tolist()
     batches = DataLoader(torch.utils.data.Subset(data, some), _BATCH_SIZE, collate_fn=collate)

@@ -1,0 +1,218 @@
+"""COCO's JSON files of instances: every record is checked, and one at fault does not hide the others."""
+
+import json
+import math
+import reprlib
+import sys
+from collections.abc import Callable, Collection, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from boxteacher.data.images import check_images
+from boxteacher.data.index import DataIndex, IndexedImage, IndexedObject, build_index, clip_box
+from boxteacher.data.masks import encode_mask
+from boxteacher.data.problems import Problem, RecordError, Severity
+
+T = TypeVar("T")
+
+_GROUPS = ("categories", "images", "annotations")
+
+
+def read_coco(
+    images: Path,
+    annotations: Path,
+    *,
+    read_masks: bool = False,
+    masks_optional: bool = False,
+    category_ids: Sequence[int] | None = None,
+) -> tuple[DataIndex, list[Problem]]:
+    """Read a COCO JSON file, and check it and its images.
+
+    The index leaves out what is at fault, an image together with its objects. Boxes are clipped to their
+    image; one without an area there is left out with a warning.
+
+    Args:
+        images: folder of the image files.
+        annotations: COCO JSON file.
+        read_masks: whether the index gets masks. If not, `segmentation` is never looked at.
+        masks_optional: whether an object may be without a mask; an unusable mask is then a warning only.
+        category_ids: categories of labels 0 … C−1, for a model that was trained on another file; the sorted
+            ids of this file if not given.
+
+    Returns:
+        The index, and all problems.
+    """
+    file = _CocoFile(annotations)
+    names = dict(file.read("categories", lambda record: (record.id, record.field("name", str))))
+    category_ids = sorted(file.ids["categories"]) if category_ids is None else list(category_ids)
+    label_of = {each: label for label, each in enumerate(category_ids) if each in file.ids["categories"]}
+    found_images = _sound_images(file, images)
+    position_of = {each.image_id: i for i, each in enumerate(found_images)}
+
+    def read_object(record: _Record) -> IndexedObject | None:
+        image_id = record.reference("image_id", "images", file.ids["images"])
+        label = label_of[record.reference("category_id", "categories", label_of)]
+        crowd = record.is_crowd()
+        x, y, width, height = record.bbox()
+        if image_id not in position_of:  # at fault itself
+            return None
+        position = position_of[image_id]
+        size = found_images[position].size
+        box = clip_box((x, y, x + width, y + height), *size)
+        if box is None:
+            what = f"bbox {record.content['bbox']} has no area inside its image and is left out"
+            raise record.error(what, "correct it or remove the annotation", "warning")
+        mask = None
+        if read_masks:
+            try:
+                mask = record.mask(*size, optional=masks_optional or crowd)
+            except RecordError as error:
+                file.problems.append(error.problem)
+        return IndexedObject(position, box, label, record.id, crowd, record.area(), mask)
+
+    index = build_index(
+        images,
+        annotations,
+        found_images,
+        [each for each in file.read("annotations", read_object) if each is not None],
+        class_names=[names.get(each, f"category {each}") for each in category_ids],
+        category_ids=category_ids,
+        problems=file.problems,
+    )
+    return index, file.problems
+
+
+class _CocoFile:
+    """The groups of records of a file, and what has been found so far: ids, and problems."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.problems: list[Problem] = []
+        self.ids: dict[str, set[int]] = {group: set() for group in _GROUPS}
+        try:
+            self.groups = _load(path)
+        except ValueError as error:
+            self.problems.append(Problem(path, "", str(error), "give a COCO JSON file of instances"))
+            self.groups = {group: [] for group in _GROUPS}
+
+    def read(self, group: str, read_record: Callable[["_Record"], T]) -> list[T]:
+        """What `read_record` makes of each record but those at fault."""
+        results = []
+        for position, content in enumerate(self.groups[group]):
+            record = _Record(self.path, f"{group}[{position}]", content)
+            try:
+                record.take_id(self.ids[group])
+                results.append(read_record(record))
+            except RecordError as error:
+                self.problems.append(error.problem)
+        return results
+
+
+def _load(path: Path) -> dict[str, list[Any]]:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from error
+    groups = content if isinstance(content, dict) else {}
+    missing = [repr(group) for group in _GROUPS if not isinstance(groups.get(group), list)]
+    if missing:
+        raise ValueError(f"no list {' or '.join(missing)} at its top level")
+    if not groups["images"]:
+        raise ValueError("'images' is empty")
+    return groups
+
+
+class _Record:
+    """A record of the JSON file, which knows its place there and the types of COCO's fields."""
+
+    def __init__(self, file: Path, place: str, content: Any) -> None:
+        self.file, self.place = file, place
+        self.content: dict[str, Any] = content if isinstance(content, dict) else {}
+
+    def error(self, what: str, remedy: str, severity: Severity = "error") -> RecordError:
+        identity = reprlib.repr(self.content.get("id", "missing"))
+        return RecordError(Problem(self.file, f"{self.place} (id {identity})", what, remedy, severity))
+
+    def take_id(self, taken: set[int]) -> None:
+        self.id = self.field("id", int)
+        if self.id in taken:
+            raise self.error("another record has the same id", "give each its own")
+        taken.add(self.id)
+
+    def field(self, key: str, kind: type[T]) -> T:
+        value = self.content.get(key)
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+        if not fits or (isinstance(value, int) and not -(2**63) <= value < 2**63):
+            found = reprlib.repr(value) if key in self.content else "missing"
+            raise self.error(
+                f"{key!r} is {found}, but COCO has a {kind.__name__} there", "correct the record"
+            )
+        return value  # type: ignore[return-value]
+
+    def reference(self, key: str, group: str, known: Collection[int]) -> int:
+        value = self.field(key, int)
+        if value not in known:
+            what = f"{key} {value} is not among the {group}, {reprlib.repr(list(islice(known, 7)))}"
+            raise self.error(what, "add it to them or remove this annotation")
+        return value
+
+    def bbox(self) -> list[float]:
+        """x, y, width, height."""
+        box: list[float] = self.field("bbox", list)
+        if len(box) != 4 or not all(type(value) in (int, float) for value in box):
+            what = f"bbox {reprlib.repr(box)} must be four numbers, x, y, width, height"
+            raise self.error(what, "correct it")
+        if not all(map(_is_finite, box)):
+            raise self.error(f"bbox {box} has a coordinate that is NaN or infinite", "correct or remove it")
+        return box
+
+    def is_crowd(self) -> bool:
+        value = self.content.get("iscrowd")
+        if value not in (None, 0, 1, "0", "1"):  # true and false are equal to 1 and 0
+            raise self.error(f"'iscrowd' is {reprlib.repr(value)}", "give 0 or 1")
+        return value in (1, "1")
+
+    def area(self) -> float:
+        """NaN if the record does not tell it."""
+        value: Any = self.content.get("area")
+        return value if type(value) in (int, float) and _is_finite(value) and value >= 0 else math.nan
+
+    def mask(self, height: int, width: int, *, optional: bool) -> bytes | None:
+        """Counts of a compressed RLE; None if the record has no segmentation."""
+        segmentation = self.content.get("segmentation")
+        if not segmentation and optional:
+            return None
+        if not segmentation:
+            raise self.error("no 'segmentation', but mask supervision needs masks", "add it")
+        try:
+            return encode_mask(segmentation, height, width)
+        except ValueError as error:
+            severity: Severity = "warning" if optional else "error"
+            what = f"segmentation is no mask ({error})"
+            raise self.error(what, "correct it or go without masks", severity) from error
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) <= sys.float_info.max  # unlike math.isfinite, also of integers that no float can hold
+
+
+def _sound_images(file: _CocoFile, folder: Path) -> list[IndexedImage]:
+    """The images of the records and files that are not at fault."""
+    found = file.read("images", _read_image)
+    if not folder.is_dir():
+        remedy = f"give the folder of the images of {file.path}"
+        file.problems.append(Problem(folder, "", "no such folder", remedy))
+        return found
+    problems = check_images([folder / each.file_name for each in found], [each.size for each in found])
+    file.problems += filter(None, problems)
+    return [each for each, problem in zip(found, problems, strict=True) if problem is None]
+
+
+def _read_image(record: _Record) -> IndexedImage:
+    height, width = record.field("height", int), record.field("width", int)
+    if min(height, width) < 1:
+        raise record.error(f"width {width} and height {height} must be at least 1", "correct them")
+    return IndexedImage(record.id, record.field("file_name", str), (height, width))

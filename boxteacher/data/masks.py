@@ -1,0 +1,76 @@
+"""Masks of a data set: COCO segmentations, checked and kept as compressed run-length codes (RLE)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as mask_util
+import torch
+from torch import Tensor
+
+_MIN_RING = 6  # numbers: three points
+
+
+def encode_mask(segmentation: Any, height: int, width: int) -> bytes:
+    """Turn polygons or either kind of RLE into the counts of a compressed RLE.
+
+    Of several polygons, those of fewer than three points do not count.
+
+    Raises:
+        ValueError: it is none of them, or not of an image of this size.
+    """
+    try:
+        if isinstance(segmentation, list):
+            return _encode_polygons(segmentation, height, width)
+        counts, size = segmentation["counts"], list(segmentation["size"])
+        runs = counts if isinstance(counts, list) else _runs(counts.encode("ascii"))
+        # pycocotools leaves memory unset, or writes past its end, where the runs do not fill the image.
+        if size != [height, width] or not _fill(runs, height * width):
+            raise ValueError(f"its runs of size {size} do not fill the image, {[height, width]}")
+        if isinstance(counts, list):
+            return bytes(mask_util.frPyObjects({"size": size, "counts": counts}, height, width)["counts"])
+        return bytes(counts, "ascii")
+    except (TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise ValueError("it is neither polygons nor RLE") from error
+
+
+def decode_masks(counts: Sequence[bytes], height: int, width: int) -> Tensor:
+    """Decode N counts of `encode_mask` into masks, bool (N, height, width)."""
+    if not counts:
+        return torch.zeros((0, height, width), dtype=torch.bool)
+    stacked = mask_util.decode([{"size": [height, width], "counts": each} for each in counts])  # (H, W, N)
+    return torch.from_numpy(np.ascontiguousarray(stacked.transpose(2, 0, 1))).bool()
+
+
+def _encode_polygons(polygons: list[Any], height: int, width: int) -> bytes:
+    rings = [np.asarray(polygon, dtype=np.float64) for polygon in polygons]
+    rings = [ring for ring in rings if ring.ndim != 1 or ring.size >= _MIN_RING]
+    if not rings or not all(r.ndim == 1 and r.size % 2 == 0 and np.isfinite(r).all() for r in rings):
+        raise ValueError("a polygon must be three or more pairs of finite numbers")
+    parts = mask_util.frPyObjects([ring.tolist() for ring in rings], height, width)
+    return bytes(mask_util.merge(parts)["counts"])
+
+
+def _fill(runs: list[Any], pixels: int) -> bool:
+    return all(type(run) is int and run >= 0 for run in runs) and sum(runs) == pixels
+
+
+def _runs(counts: bytes) -> list[int]:
+    """Spell out compressed counts: 5 bits a byte, then differences to the run before last."""
+    runs: list[int] = []
+    value = shift = 0
+    for byte in counts:
+        bits = byte - 48
+        if not 0 <= bits < 64:
+            raise ValueError("its counts hold a character that RLE does not use")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    if shift or not runs:
+        raise ValueError("its counts break off")
+    return runs
