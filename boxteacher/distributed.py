@@ -5,6 +5,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def num_processes() -> int:
+    """The number of processes of the run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def global_count(count: Tensor) -> Tensor:
     """A loss's normalizer over all processes, divided by their number; the count itself in one process.
 
@@ -18,11 +23,11 @@ def global_count(count: Tensor) -> Tensor:
     Returns:
         Of the same shape; floating point if there are several processes.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if num_processes() == 1:
         return count
     total = count.detach().to(torch.float32, copy=True)
     dist.all_reduce(total)
-    return total / dist.get_world_size()
+    return total / num_processes()
 
 
 def global_mean(values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from boxteacher import BoxTeacher, EMATeacher
 from boxteacher.engine.segmenters import build_segmenter
 from boxteacher.engine.weights import as_whole_model, fill
 from boxteacher.grid import pad_images
-from boxteacher_adapters.checkpoints import recognise
+from boxteacher_adapters.checkpoints import recognize
 from boxteacher_adapters.released_keys import SCALES, condinst_name
 from tests.released_support import Shapes, only, released_shapes, stand_in_checkpoint
 from tests.support import reference
@@ -54,7 +54,7 @@ def load_released(name: str, folder: Path, noise: float = 0.0) -> Released:
 
 def _network(shapes: Shapes) -> nn.Module:
     path = Path("released.pth")
-    whole = as_whole_model(recognise(stand_in_checkpoint(shapes), path), path)
+    whole = as_whole_model(recognize(stand_in_checkpoint(shapes), path), path)
     segmenter = build_segmenter(
         whole.model, whole.num_classes, backbone=whole.backbone, weights="none", image_size=1333
     )

@@ -11,7 +11,7 @@ from boxteacher import InputError
 from boxteacher.engine.checkpoint import SegmenterInfo, load_checkpoint, save_checkpoint
 from boxteacher.engine.segmenters import build_segmenter
 from boxteacher_adapters.parts.backbones import Backbone, build_backbone
-from boxteacher_adapters.parts.preprocessing import Preprocessing
+from boxteacher_adapters.parts.pretrained import Preprocessing
 from tests.support import seeded_images
 
 INFO = SegmenterInfo("condinst", "resnet18", 64, ["thing"], [1])

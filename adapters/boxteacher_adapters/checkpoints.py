@@ -1,4 +1,4 @@
-"""Weights that others released, under the names of the networks here."""
+"""Released checkpoints of other code bases, under the names of the networks here."""
 
 import re
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from boxteacher.errors import InputError
+from boxteacher.adapter import InputError
 from boxteacher_adapters.parts.backbones import build_backbone
 from boxteacher_adapters.parts.detectron2_names import in_torchvision_names, resnet_name, swin_name
 from boxteacher_adapters.parts.weight_files import read_weight_file
@@ -19,21 +19,21 @@ _RESNETS = {
     (23, False): "resnet101_caffe",
     (23, True): "resnet101_caffe_dcn",
 }
-_NETWORKS = ("teacher.", "student.")  # BoxTeacher's two, the better one first
+_NETWORKS = ("teacher.", "student.")  # prefixes of BoxTeacher's two, the better one first
 
 
 @dataclass(frozen=True)
 class ReleasedWeights:
-    """What a released file holds.
+    """The content of a released file.
 
     Attributes:
-        model: name of the segmenter that `build_segmenter` knows; None for a backbone alone.
-        backbone: name that `build_backbone` knows.
-        num_classes: of the segmenter; 0 for a backbone alone.
-        weights: entries under the names of the segmenter's state dict, where one that has no place keeps its
-            name; a backbone's keep their names, by which other backbones know them for another's.
-        description: of the file, for messages.
-        left_out: entries that the network does not need.
+        model: name of the segmenter for `build_segmenter`; None for a backbone alone.
+        backbone: name of the backbone for `build_backbone`.
+        num_classes: number of the segmenter's classes; 0 for a backbone alone.
+        weights: entries under the names of the segmenter's state dict; unknown ones, and those of a backbone
+            alone, keep their names, so that other backbones refuse them.
+        description: description of the file, for messages.
+        left_out: names of entries that the network does not need.
     """
 
     model: str | None
@@ -46,7 +46,7 @@ class ReleasedWeights:
 
 def read_released(path: Path) -> ReleasedWeights | None:
     """Reads AdelaiDet's checkpoint of CondInst, BoxInst, BoxTeacher or SOLOv2, or an ImageNet backbone in
-    detectron2's, Caffe2's or Swin's format, recognised by its entries' names.
+    detectron2's, Caffe2's or Swin's format, recognized by its entries' names.
 
     Of BoxTeacher's two networks the teacher is taken, which is the better one.
 
@@ -57,23 +57,23 @@ def read_released(path: Path) -> ReleasedWeights | None:
         InputError: the file cannot be read, its backbone is not one that can be built here, or an ImageNet
             backbone does not fit.
     """
-    return recognise(read_weight_file(path), path)
+    return recognize(read_weight_file(path), path)
 
 
-def recognise(state: dict[str, Tensor], path: Path) -> ReleasedWeights | None:
+def recognize(state: dict[str, Tensor], path: Path) -> ReleasedWeights | None:
     """`read_released` for a state dict that has been read already.
 
     Args:
-        state: by the names of the file.
-        path: of the file.
+        state: state dict under the names of the file.
+        path: path of the file, for messages.
     """
     network = next((prefix for prefix in _NETWORKS if any(key.startswith(prefix) for key in state)), "")
     own = {key.removeprefix(network): value for key, value in state.items() if key.startswith(network)}
-    whose = f"BoxTeacher's {network[:-1]}, " if network else ""
+    source = f"BoxTeacher's {network[:-1]}, " if network else ""
     if "proposal_generator.fcos_head.cls_logits.weight" in own and "controller.weight" in own:
-        return _model(path, "condinst", own, condinst_name, "proposal_generator.fcos_head.cls_logits", whose)
+        return _model(path, "condinst", own, condinst_name, "proposal_generator.fcos_head.cls_logits", source)
     if "ins_head.cate_pred.weight" in own:
-        return _model(path, "solov2", own, solov2_name, "ins_head.cate_pred", whose)
+        return _model(path, "solov2", own, solov2_name, "ins_head.cate_pred", source)
     if "res2.0.conv1.weight" in own or "res2_0_branch2a_w" in own:
         return _imagenet_backbone(path, own, resnet_name)
     if "patch_embed.proj.weight" in own and "layers.0.blocks.0.attn.qkv.weight" in own:
@@ -87,7 +87,7 @@ def _model(
     state: dict[str, Tensor],
     name_of: Callable[[str], str | None],
     classifier: str,
-    whose: str,
+    source: str,
 ) -> ReleasedWeights:
     """A whole segmenter's weights; `classifier` is the layer with one output per class."""
     num_classes = _outputs(state[f"{classifier}.weight"])
@@ -103,7 +103,7 @@ def _model(
         backbone=backbone,
         num_classes=num_classes,
         weights=weights,
-        description=f"{whose}{model} on {backbone}, {num_classes} classes",
+        description=f"{source}{model} on {backbone}, {num_classes} classes",
         left_out=tuple(key for key in state if key not in needed),
     )
 
@@ -125,7 +125,7 @@ def _imagenet_backbone(
 
 
 def _backbone_name(path: Path, weights: dict[str, Tensor]) -> str:
-    """Of the backbone whose network has these weights, under torchvision's names."""
+    """Name of the backbone with these weights, given under torchvision's names."""
     if "features.0.0.weight" in weights:
         width = _outputs(weights["features.0.0.weight"])
         blocks = _count(r"features\.5\.(\d+)\.", weights)
@@ -151,5 +151,5 @@ def _outputs(weight: Tensor) -> int:
 
 
 def _count(pattern: str, weights: dict[str, Tensor]) -> int:
-    """How many different numbers stand in the pattern's place in the weights' names."""
+    """Number of different values of the pattern's group in the weights' names."""
     return len({match[1] for name in weights if (match := re.match(pattern, name))})

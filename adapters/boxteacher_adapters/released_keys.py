@@ -1,11 +1,11 @@
-"""Names of weights in AdelaiDet's CondInst, BoxInst, BoxTeacher and SOLOv2, and ours for the same."""
+"""Our names of the weights in AdelaiDet's CondInst, BoxInst, BoxTeacher and SOLOv2."""
 
 import re
 from collections.abc import Callable
 
 from boxteacher_adapters.parts.detectron2_names import resnet_name, swin_name
 
-NETWORK = "backbone.network."  # what stands before a backbone's own names here
+NETWORK = "backbone.network."  # prefix of a backbone's own names here
 _BOTTOM_UP = "backbone.bottom_up."  # and in detectron2
 
 _Pattern = tuple[re.Pattern[str], Callable[[re.Match[str]], str]]
@@ -86,7 +86,7 @@ def solov2_name(key: str) -> str | None:
 
 
 def is_needed(key: str) -> bool:
-    """False for what a checkpoint holds beside weights that its network detects with."""
+    """Whether a network needs the entry for detection."""
     return _NOT_NEEDED.fullmatch(key) is None
 
 
