@@ -16,7 +16,6 @@ from boxteacher_adapters import mask2former_matching as matching
 from tests.mask2former_support import with_masks
 from tests.support import seeded_images, target
 
-
 COUNTS = [2, 1]
 
 
