@@ -34,7 +34,7 @@ def test_torchvision_s_take_images_as_its_weights_say(name):
     assert record == Preprocessing("RGB", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def test_the_same_network_sees_the_same_colours_in_either_order():
+def test_the_same_network_sees_the_same_colors_in_either_order():
     torch.manual_seed(0)
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     convolution = nn.Conv2d(3, 4, 3)

@@ -23,7 +23,7 @@ from tests.engine_support import edited, error_of, log_of, train_arguments
 from tests.released_support import is_computed, only, released_shapes, stand_in_checkpoint
 from tests.support import reference
 
-# Recognising.
+# Recognizing.
 
 
 PATH = Path("released.pth")

@@ -1,7 +1,7 @@
 """Released checkpoints of other code bases, under the names of the networks here."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +12,53 @@ from boxteacher.adapter import InputError
 from boxteacher_adapters.parts.backbones import build_backbone
 from boxteacher_adapters.parts.detectron2_names import in_torchvision_names, resnet_name, swin_name
 from boxteacher_adapters.parts.weight_files import read_weight_file
-from boxteacher_adapters.released_keys import NETWORK, SCALES, condinst_name, is_needed, solov2_name
+
+SCALES = "box_head.scales"  # of the pyramid's levels: a number each in AdelaiDet, one vector here
 
 _RESNETS = {
     (6, False): "resnet50_caffe",
     (23, False): "resnet101_caffe",
     (23, True): "resnet101_caffe_dcn",
 }
-_NETWORKS = ("teacher.", "student.")  # prefixes of BoxTeacher's two, the better one first
+_BOX_TEACHER = ("teacher.", "student.")  # prefixes of its two networks, the better one first
+_NETWORK = "backbone.network."  # prefix of a backbone's own names here
+_BOTTOM_UP = "backbone.bottom_up."  # and in detectron2
+
+# AdelaiDet's prefixes, and ours.
+_CONDINST = {
+    **{f"backbone.fpn_lateral{3 + i}.": f"fpn.inner_blocks.{i}.0." for i in range(3)},
+    **{f"backbone.fpn_output{3 + i}.": f"fpn.layer_blocks.{i}.0." for i in range(3)},
+    "backbone.top_block.": "fpn.extra_blocks.",
+    "proposal_generator.fcos_head.cls_tower.": "box_head.class_tower.",
+    "proposal_generator.fcos_head.bbox_tower.": "box_head.box_tower.",
+    "proposal_generator.fcos_head.cls_logits.": "box_head.class_logits.",
+    "proposal_generator.fcos_head.bbox_pred.": "box_head.distances.",
+    "proposal_generator.fcos_head.ctrness.": "box_head.centerness.",
+    "proposal_generator.fcos_head.scales.": f"{SCALES}.",
+    "controller.": "box_head.controller.",
+    "mask_branch.": "mask_branch.",
+}
+_SOLOV2 = {
+    **{f"backbone.fpn_lateral{2 + i}.": f"fpn.inner_blocks.{i}.0." for i in range(4)},
+    **{f"backbone.fpn_output{2 + i}.": f"fpn.layer_blocks.{i}.0." for i in range(4)},
+    "ins_head.cate_tower.": "head.category_tower.",
+    "ins_head.cate_pred.": "head.category.",
+    "ins_head.kernel_tower.": "head.kernel_tower.",
+    "ins_head.kernel_pred.": "head.kernel.",
+    **{
+        f"mask_head.convs_all_levels.{level}.conv{i}.": f"mask_branch.levels.{level}.{i}."
+        for level in range(4)
+        for i in range(3)
+    },
+    "mask_head.conv_pred.": "mask_branch.out.",
+}
+_ENTRIES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "scale")
+
+# Constants and counters, and a head that exists in training only.
+_NOT_NEEDED = re.compile(
+    r"mask_head\.(_iter|sizes_of_interest)|pixel_(mean|std)|mask_branch\.(seg_head|logits)\..*"
+    r"|backbone\.bottom_up\..*\.(relative_position_index|attn_mask|num_batches_tracked)"
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +106,7 @@ def recognize(state: dict[str, Tensor], path: Path) -> ReleasedWeights | None:
         state: state dict under the names of the file.
         path: path of the file, for messages.
     """
-    network = next((prefix for prefix in _NETWORKS if any(key.startswith(prefix) for key in state)), "")
+    network = next((prefix for prefix in _BOX_TEACHER if any(key.startswith(prefix) for key in state)), "")
     own = {key.removeprefix(network): value for key, value in state.items() if key.startswith(network)}
     source = f"BoxTeacher's {network[:-1]}, " if network else ""
     if "proposal_generator.fcos_head.cls_logits.weight" in own and "controller.weight" in own:
@@ -91,9 +130,9 @@ def _model(
 ) -> ReleasedWeights:
     """A whole segmenter's weights; `classifier` is the layer with one output per class."""
     num_classes = _outputs(state[f"{classifier}.weight"])
-    needed = {key: value for key, value in state.items() if is_needed(key)}
+    needed = {key: value for key, value in state.items() if not _NOT_NEEDED.fullmatch(key)}
     weights = {name_of(key) or key: value for key, value in needed.items()}
-    inner = {key.removeprefix(NETWORK): value for key, value in weights.items() if key.startswith(NETWORK)}
+    inner = {key.removeprefix(_NETWORK): value for key, value in weights.items() if key.startswith(_NETWORK)}
     backbone = _backbone_name(path, inner)
     levels = [weights.pop(name) for name in sorted(weights) if name.startswith(f"{SCALES}.")]
     if levels:
@@ -153,3 +192,25 @@ def _outputs(weight: Tensor) -> int:
 def _count(pattern: str, weights: dict[str, Tensor]) -> int:
     """Number of different values of the pattern's group in the weights' names."""
     return len({match[1] for name in weights if (match := re.match(pattern, name))})
+
+
+def condinst_name(key: str) -> str | None:
+    """Our name of an entry of CondInst, BoxInst or one of BoxTeacher's networks; None if there is none."""
+    return _renamed(key, _CONDINST)
+
+
+def solov2_name(key: str) -> str | None:
+    """Our name of an entry of AdelaiDet's SOLOv2; None if there is none."""
+    return _renamed(key, _SOLOV2)
+
+
+def _renamed(key: str, prefixes: Mapping[str, str]) -> str | None:
+    if key.startswith(_BOTTOM_UP):
+        inner = key.removeprefix(_BOTTOM_UP)
+        name = resnet_name(inner) or swin_name(inner)
+        return name and _NETWORK + name
+    if key.rpartition(".")[2] not in _ENTRIES:
+        return None
+    return next(
+        (ours + key.removeprefix(theirs) for theirs, ours in prefixes.items() if key.startswith(theirs)), None
+    )

@@ -151,14 +151,18 @@ def match_locations(
     """
     bounds = locations.centers.new_tensor([-1.0, *level_sizes, math.inf])
     lower, upper = bounds[locations.level][:, None], bounds[locations.level + 1][:, None]  # (L, 1)
+    radius = (_CENTER_RADIUS * locations.stride)[:, None]  # (L, 1)
+    points = locations.centers[:, None]  # (L, 1, 2)
     index, labels, distances = [], [], []
     first = 0
     for target in targets:
         boxes = target["boxes"].float()  # (N, 4)
         count = len(boxes)
-        sides = _distances(locations.centers, boxes)  # (L, N, 4) in pixels
+        sides = torch.cat([points - boxes[:, :2], boxes[:, 2:] - points], 2)  # (L, N, 4) in pixels
         farthest = sides.amax(2)  # (L, N)
-        positive = _near_center(locations, boxes) & (farthest >= lower) & (farthest <= upper)
+        offset = (points - (boxes[:, :2] + boxes[:, 2:]) / 2).abs().amax(2)  # (L, N)
+        inside = (sides.amin(2) > 0) & (offset < radius)
+        positive = inside & (farthest >= lower) & (farthest <= upper)
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])  # (N,)
         # A last column, larger than any box, is the background's, so that images without boxes work too.
         areas = F.pad(torch.where(positive, area, math.inf), (0, 1), value=torch.finfo(area.dtype).max)
@@ -171,21 +175,6 @@ def match_locations(
         distances.append(chosen_sides / locations.stride[:, None])
         first += count
     return DenseTargets(torch.stack(index), torch.stack(labels), torch.stack(distances))
-
-
-def _distances(points: Tensor, boxes: Tensor) -> Tensor:
-    """Distances (L, N, 4) from points (L, 2) to the sides of boxes (N, 4), positive inside."""
-    x, y = points[:, None, 0], points[:, None, 1]  # (L, 1)
-    return torch.stack([x - boxes[:, 0], y - boxes[:, 1], boxes[:, 2] - x, boxes[:, 3] - y], 2)
-
-
-def _near_center(locations: Locations, boxes: Tensor) -> Tensor:
-    """Locations that are in a box and near its center on both axes, (L, N) bool."""
-    center = (boxes[:, :2] + boxes[:, 2:]) / 2  # (N, 2)
-    radius = (_CENTER_RADIUS * locations.stride)[:, None]  # (L, 1)
-    offset = (locations.centers[:, None] - center).abs()  # (L, N, 2)
-    inside = _distances(locations.centers, boxes).amin(2) > 0
-    return inside & (offset.amax(2) < radius)
 
 
 @torch.no_grad()
@@ -240,7 +229,7 @@ def centerness_of(distances: Tensor) -> Tensor:
 
 
 def giou_loss(distances: Tensor, targets: Tensor) -> Tensor:
-    """1 − GIoU (CVPR 2019) of boxes round a common point, given by their distances to it.
+    """1 − GIoU (CVPR 2019) of boxes around a common point, given by their distances to it.
 
     One square stride is added to intersection and union, as in CondInst's released code, for the sake of
     objects smaller than a cell, for which torchvision's `generalized_box_iou_loss` is all or nothing.
@@ -311,7 +300,7 @@ def select_detections(
     sides = predictions.distances[image, location].float() * locations.stride[location, None]
     center = locations.centers[location]
     boxes = torch.cat([center - sides[:, :2], center + sides[:, 2:]], 1)  # (K, 4)
-    keep = nms_in_groups(boxes, score, image * num_classes + label, _NMS_THRESHOLD)
+    keep = suppress_in_groups(boxes, score, image * num_classes + label, _NMS_THRESHOLD)
     sizes = torch.tensor(image_sizes, device=boxes.device, dtype=boxes.dtype)[image]  # (K, 2) height, width
     boxes = boxes.clamp(min=0).minimum(sizes.flip(1).repeat(1, 2))
     inside = (boxes[keep, 2:] > boxes[keep, :2]).all(1)  # not wholly in the padding
@@ -320,7 +309,7 @@ def select_detections(
     return DenseDetections(boxes[keep], score[keep], label[keep], image[keep], location[keep])
 
 
-def nms_in_groups(boxes: Tensor, scores: Tensor, group: Tensor, threshold: float) -> Tensor:
+def suppress_in_groups(boxes: Tensor, scores: Tensor, group: Tensor, threshold: float) -> Tensor:
     """torchvision's `batched_nms`, in a form that torch.export can trace as well.
 
     Args:

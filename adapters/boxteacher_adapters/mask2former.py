@@ -89,7 +89,7 @@ class Mask2Former(Segmenter):
         ]
 
     def forward_teacher(self, images: list[Tensor]) -> Candidates:
-        """Every query once, as its most probable class, with the box round its mask."""
+        """Every query once, as its most probable class, with the box around its mask."""
         class_logits, logits = self._last_layer(images)
         scores, labels = class_logits.softmax(-1)[..., :-1].max(-1)  # (B, Q) each
         masks = logits.flatten(0, 1)  # (B · Q, h, w)

@@ -196,7 +196,7 @@ def paste_on_grid(logits: Tensor, boxes: Tensor, reach: Tensor, grid: MaskGrid) 
     Args:
         logits: (M, r, r) that fill the boxes.
         boxes: (M, 4) `x0, y0, x1, y1` in pixels.
-        reach: (M, 4) `x0, y0, x1, y1` in pixels, round the boxes or equal to them.
+        reach: (M, 4) `x0, y0, x1, y1` in pixels, around the boxes or equal to them.
         grid: mask grid of the batch.
 
     Returns:

@@ -69,7 +69,7 @@ def grid_cells(
 def match_cells(
     cells: GridCells, targets: Sequence[Target], padded_size: tuple[int, int], num_classes: int
 ) -> GridMatches:
-    """Assigns to each target the cells round its box's center, on the levels of its size.
+    """Assigns to each target the cells around its box's center, on the levels of its size.
 
     The center region is a fifth of the box, and at most one cell to each side of the center's (SOLO, ECCV
     2020, Sec. 3.3). The original takes the mask's center of mass, which for a filled box is the box's.

@@ -11,7 +11,7 @@ from boxteacher.adapter import full_precision
 
 
 class DeformableAttention(nn.Module):
-    """Attention of each query to a few points round its own position on every level (Deformable DETR, Eq. 3).
+    """Attention of each query to a few points around its position on every level (Deformable DETR, Eq. 3).
 
     Args:
         channels: number of channels of queries and maps, a multiple of `num_heads`.

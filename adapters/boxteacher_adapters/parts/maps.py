@@ -1,4 +1,4 @@
-"""Feature maps and masks: levels laid end to end, boxes round masks."""
+"""Feature maps and masks: levels laid end to end, boxes around masks."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ def flatten_levels(maps: Sequence[Tensor]) -> Tensor:
 
 
 def projection_boxes(rows: Tensor, columns: Tensor) -> Tensor:
-    """Boxes (…, 4) `x0, y0, x1, y1` in cells round masks, from their projections; 0 for an empty mask.
+    """Boxes (…, 4) `x0, y0, x1, y1` in cells around masks, from their projections; 0 for an empty mask.
 
     Args:
         rows: (…, h) bool, rows with a cell in the mask.
@@ -23,12 +23,12 @@ def projection_boxes(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def mask_boxes(masks: Tensor) -> Tensor:
-    """Boxes (K, 4) `x0, y0, x1, y1` in cells round masks (K, h, w) bool; 0 for an empty mask."""
+    """Boxes (K, 4) `x0, y0, x1, y1` in cells around masks (K, h, w) bool; 0 for an empty mask."""
     return projection_boxes(masks.any(2), masks.any(1))
 
 
 def mask_boxes_in_images(masks: Tensor, sizes: Tensor, stride: int) -> Tensor:
-    """Boxes (K, 4) in pixels round masks (K, h, w) bool, without the padding; 0 for an empty mask.
+    """Boxes (K, 4) in pixels around masks (K, h, w) bool, without the padding; 0 for an empty mask.
 
     Args:
         masks: on a grid over the padded batch.

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -112,12 +112,6 @@ def weights_at(url: str) -> dict[str, Tensor]:
         except OSError as error:
             raise OSError(f"{url} to {file}: {error}") from error
     return read_weight_file(file)
-
-
-def torchvision_weights(pretrained: Any) -> dict[str, Tensor]:
-    """The weights of one of torchvision's enumerations of weights."""
-    state: dict[str, Tensor] = pretrained.get_state_dict(progress=True)
-    return state
 
 
 def _first_line(error: Exception) -> str:

@@ -10,13 +10,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import DeformConv2d
 
 from boxteacher_adapters.parts.detectron2_names import in_torchvision_names, resnet_name
-from boxteacher_adapters.parts.pretrained import (
-    CAFFE,
-    IMAGENET,
-    PretrainedNetwork,
-    torchvision_weights,
-    weights_at,
-)
+from boxteacher_adapters.parts.pretrained import CAFFE, IMAGENET, PretrainedNetwork, weights_at
 
 _MSRA = "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/MSRA"
 CAFFE_RESNETS = {
@@ -40,7 +34,7 @@ def torchvision_resnet(name: str, strides: tuple[int, ...]) -> PretrainedNetwork
         *_maps(network, strides),
         IMAGENET,
         early=("conv1.", "bn1.", "layer1."),
-        download=partial(torchvision_weights, weights),
+        download=partial(weights.get_state_dict, progress=True),
         left_over=_beyond(strides),
     )
 
@@ -79,18 +73,13 @@ def caffe_resnet(name: str, strides: tuple[int, ...]) -> PretrainedNetwork:
 
 def _maps(network: Any, strides: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
     layers = [_LAYERS[stride] for stride in strides]
-    channels = tuple(_out_channels(getattr(network, layer)) for layer in layers)
+    channels = tuple(16 * stride * network.layer1[0].expansion for stride in strides)
     return IntermediateLayerGetter(network, {layer: layer for layer in layers}), channels
 
 
 def _beyond(strides: tuple[int, ...]) -> tuple[str, ...]:
     """Prefixes of entries that a network with these maps does not need."""
     return ("fc.", *(f"{layer}." for stride, layer in _LAYERS.items() if stride > strides[-1]))
-
-
-def _out_channels(stage: Any) -> int:
-    last = stage[-1]
-    return int((last.conv3 if hasattr(last, "conv3") else last.conv2).out_channels)
 
 
 class ModulatedDeformConv2d(DeformConv2d):  # type: ignore[misc]

@@ -14,13 +14,7 @@ from torchvision.models.swin_transformer import (
 )
 
 from boxteacher_adapters.parts.detectron2_names import in_torchvision_names, swin_name
-from boxteacher_adapters.parts.pretrained import (
-    CAFFE,
-    IMAGENET,
-    PretrainedNetwork,
-    torchvision_weights,
-    weights_at,
-)
+from boxteacher_adapters.parts.pretrained import CAFFE, IMAGENET, PretrainedNetwork, weights_at
 
 TORCHVISION_SWINS = ("swin_t", "swin_s", "swin_b", "swin_v2_t", "swin_v2_s", "swin_v2_b")
 CAFFE_SWINS = ("swin_b_caffe",)
@@ -47,7 +41,7 @@ def torchvision_swin(name: str, strides: tuple[int, ...]) -> PretrainedNetwork:
         network.channels,
         IMAGENET,
         early=_EARLY,
-        download=partial(torchvision_weights, weights),
+        download=partial(weights.get_state_dict, progress=True),
         left_over=network.beyond,
         initial=_NOT_IN_CLASSIFIERS,
     )

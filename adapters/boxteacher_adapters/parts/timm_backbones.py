@@ -42,12 +42,12 @@ def timm_backbone(name: str, strides: tuple[int, ...]) -> PretrainedNetwork:
         )
     probe: Any = timm.create_model(timm_name, features_only=True)
     stages: list[dict[str, Any]] = probe.feature_info.info
-    wanted = tuple(i for i, stage in enumerate(stages) if stage["reduction"] in strides)
-    if len(wanted) != len(strides):
+    indices = tuple(i for i, stage in enumerate(stages) if stage["reduction"] in strides)
+    if len(indices) != len(strides):
         offered = [stage["reduction"] for stage in stages]
         needed = ", ".join(map(str, strides))
         raise InputError(f"backbone {name!r} has strides {offered}: take one with {needed}")
-    network: Any = timm.create_model(timm_name, features_only=True, out_indices=wanted)
+    network: Any = timm.create_model(timm_name, features_only=True, out_indices=indices)
     _check_any_size(network, name, strides)
     settings = network.pretrained_cfg
     return PretrainedNetwork(
@@ -56,7 +56,7 @@ def timm_backbone(name: str, strides: tuple[int, ...]) -> PretrainedNetwork:
         Preprocessing("RGB", tuple(settings["mean"]), tuple(settings["std"])),
         early=_parameters_up_to_stride_4(network, stages),
         download=partial(_timm_state, timm_name),
-        own_names=partial(_flattened, wanted=network.state_dict().keys()),
+        own_names=partial(_flattened, names=network.state_dict().keys()),
         left_over=("conv_head.", "bn2.", "classifier.", "head", "fc."),
     )
 
@@ -73,10 +73,10 @@ def _check_any_size(network: Any, name: str, strides: tuple[int, ...]) -> None:
         raise InputError(f"backbone {name!r} gives maps {shapes}, not {expected}: take another")
 
 
-def _flattened(state: dict[str, Tensor], wanted: Container[str]) -> dict[str, Tensor]:
+def _flattened(state: dict[str, Tensor], names: Container[str]) -> dict[str, Tensor]:
     """Entries under the names of timm's feature networks, some of which write `stages.0.` as `stages_0.`."""
     return {
-        key if key in wanted else re.sub(r"^([a-z]+)\.(\d+)\.", r"\1_\2.", key): value
+        key if key in names else re.sub(r"^([a-z]+)\.(\d+)\.", r"\1_\2.", key): value
         for key, value in state.items()
     }
 
@@ -108,7 +108,7 @@ def _in_order_of_timm(state: dict[str, Tensor], timm_name: str) -> dict[str, Ten
     """Tensors in timm's order under timm's names."""
     import timm
 
-    wanted = timm.create_model(timm_name, pretrained=False).state_dict()
-    if [tuple(t.shape) for t in state.values()] != [tuple(t.shape) for t in wanted.values()]:
+    expected = timm.create_model(timm_name, pretrained=False).state_dict()
+    if [tuple(t.shape) for t in state.values()] != [tuple(t.shape) for t in expected.values()]:
         raise InputError(f"the installed weights have not the shapes of {timm_name}: reinstall their package")
-    return dict(zip(wanted, state.values(), strict=True))
+    return dict(zip(expected, state.values(), strict=True))
