@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from boxteacher.distributed import global_count
+from boxteacher.distributed import global_count, num_processes
 from boxteacher.errors import InputError, ProtocolError
 from boxteacher.grid import (
     MaskGrid,
@@ -25,7 +25,9 @@ from boxteacher.protocol import (
     Target,
 )
 from boxteacher.scoring import mask_quality, ranking_score
-from boxteacher.targets import GridTargets, grid_targets
+from boxteacher.state_dicts import SegmenterWeights, compare_states
+from boxteacher.targets import GridTargets, flat_targets, grid_targets
+from boxteacher.torch_files import read_torch_file
 from boxteacher.validation import check_labels
 
 __all__ = [
@@ -38,18 +40,23 @@ __all__ = [
     "ProtocolError",
     "PseudoMaskProvider",
     "Segmenter",
+    "SegmenterWeights",
     "StudentOutput",
     "Target",
     "check_labels",
+    "compare_states",
+    "flat_targets",
     "full_precision",
     "global_count",
     "grid_coordinates",
     "grid_targets",
     "mask_grid",
     "mask_quality",
+    "num_processes",
     "pad_images",
     "padded_size",
     "ranking_score",
+    "read_torch_file",
     "upsample_aligned",
 ]
 

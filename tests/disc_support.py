@@ -1,10 +1,10 @@
-"""The smallest thing that boxes and colours can teach: one disc, from its box alone."""
+"""The smallest thing that boxes and colors can teach: one disc, from its box alone."""
 
 import torch
 from torch import nn
 from torchvision.ops import box_iou
 
-from boxteacher import BoxTeacher
+from boxteacher import BoxTeacher, EMATeacher
 from tests.support import target
 
 
@@ -12,10 +12,11 @@ def assert_learns_a_disc(student: nn.Module, *, steps: int, warmup_steps: int, l
     """Trains on a disc and its mirror image; a mask that is just the box would overlap it by π / 4."""
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(96.0), indexing="ij")
     disc = (x - 36).square() + (y - 34).square() < 20**2  # (64, 96)
-    colours = ((0.9, 0.2), (0.5, 0.4), (0.1, 0.6))
-    image = torch.stack([torch.where(disc, bright, dark) for bright, dark in colours])
+    colors = ((0.9, 0.2), (0.5, 0.4), (0.1, 0.6))
+    image = torch.stack([torch.where(disc, bright, dark) for bright, dark in colors])
     box, mirrored = target((16.0, 14.0, 57.0, 55.0)), target((39.0, 14.0, 80.0, 55.0))
-    model = BoxTeacher(student, warmup_steps=warmup_steps, momentum=0.8).train()
+    teacher = EMATeacher(student, momentum=0.8)
+    model = BoxTeacher(student, teacher=teacher, warmup_steps=warmup_steps).train()
     optimizer = torch.optim.AdamW(model.student.parameters(), lr=lr)
     for _ in range(steps):
         optimizer.zero_grad()

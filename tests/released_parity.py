@@ -13,8 +13,7 @@ from boxteacher import BoxTeacher, EMATeacher
 from boxteacher.engine.segmenters import build_segmenter
 from boxteacher.engine.weights import fill
 from boxteacher.grid import pad_images
-from boxteacher_adapters.checkpoints import recognise
-from boxteacher_adapters.released_keys import SCALES, condinst_name
+from boxteacher_adapters.checkpoints import SCALES, condinst_name, recognize
 from tests.released_support import Shapes, only, released_shapes, stand_in_checkpoint
 from tests.support import reference
 
@@ -54,7 +53,7 @@ def load_released(name: str, folder: Path, noise: float = 0.0) -> Released:
 
 def _network(shapes: Shapes) -> nn.Module:
     path = Path("released.pth")
-    whole = recognise(stand_in_checkpoint(shapes), path)
+    whole = recognize(stand_in_checkpoint(shapes), path)
     segmenter = build_segmenter(
         whole.model, whole.num_classes, backbone=whole.backbone, weights="none", image_size=1333
     )
@@ -71,7 +70,7 @@ def images(noise: float = 0.0) -> list[Tensor]:
 
 
 def difference(actual: Tensor, wanted: Tensor) -> float:
-    """The worst entry's, relative to that entry and a hundredth of the greatest."""
+    """The worst entry's, relative to that entry and a hundredth of the largest."""
     scale = wanted.abs() + wanted.abs().max() / 100
     return float(((actual - wanted).abs() / scale.clamp(min=1e-12)).max())
 
@@ -118,7 +117,7 @@ def _pyramid(released: Released) -> dict[str, Tensor]:
 
 @dataclass
 class DetectionDifferences:
-    """Of the 30 best of each image: other labels, relative scores, boxes in pixels, masks' least IoU."""
+    """Of the 30 best of each image: other labels, relative scores, boxes in pixels, masks' minimum IoU."""
 
     labels: int
     scores: float
@@ -139,8 +138,8 @@ def detection_differences(released: Released) -> Iterator[DetectionDifferences]:
             }
             masks = found["masks"][:30, 0] > 0.5  # (30, H, W)
             packed = np.unpackbits(wanted["masks_packed"].numpy(), axis=-1)
-            drawn = torch.from_numpy(packed)[..., : masks.shape[-1]].bool()
-            iou = (masks & drawn).sum((1, 2)) / (masks | drawn).sum((1, 2))
+            expected = torch.from_numpy(packed)[..., : masks.shape[-1]].bool()
+            iou = (masks & expected).sum((1, 2)) / (masks | expected).sum((1, 2))
             yield DetectionDifferences(
                 labels=int((found["labels"][:30] != wanted["labels"]).sum()),
                 scores=difference(found["scores"][:30], wanted["scores"]),
@@ -180,7 +179,7 @@ def step_differences(released: Released) -> tuple[dict[str, float], dict[str, fl
 def _gradient_differences(released: Released) -> dict[str, float]:
     gradients = {name: p.grad for name, p in released.student.named_parameters() if p.requires_grad}
     scales = gradients.pop(SCALES)
-    gradients.update({f"{SCALES}.{level}": value for level, value in enumerate(scales)})
+    gradients.update({f"{SCALES}.{level}.scale": value for level, value in enumerate(scales)})
     wanted = {
         condinst_name(key.removeprefix("grad_norm_")): value
         for key, value in released.numbers.items()

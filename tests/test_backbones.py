@@ -130,7 +130,7 @@ def test_without_weights_everything_is_trained():
     assert {name for name in before if name.endswith("running_mean")} <= changed
 
 
-def test_images_are_normalised_as_imagenet_s():
+def test_images_are_normalized_as_imagenet_s():
     backbone = build_backbone("resnet18", "none")
     image = seeded_images((5, 7))[0]
     expected = torchvision.transforms.v2.functional.normalize(

@@ -11,7 +11,7 @@ from boxteacher import InputError
 from boxteacher.engine.checkpoint import SegmenterInfo, load_checkpoint, save_checkpoint
 from boxteacher.engine.segmenters import build_segmenter
 from boxteacher_adapters.parts.backbones import Backbone, build_backbone
-from boxteacher_adapters.parts.preprocessing import Preprocessing
+from boxteacher_adapters.parts.pretrained import Preprocessing
 from tests.support import seeded_images
 
 INFO = SegmenterInfo("condinst", "resnet18", 64, ["thing"], [1])
@@ -34,7 +34,7 @@ def test_torchvision_s_take_images_as_its_weights_say(name):
     assert record == Preprocessing("RGB", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def test_the_same_network_sees_the_same_colours_in_either_order():
+def test_the_same_network_sees_the_same_colors_in_either_order():
     torch.manual_seed(0)
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     convolution = nn.Conv2d(3, 4, 3)

@@ -63,12 +63,12 @@ def test_offsets_come_in_pairs_of_row_and_column_before_the_masks(first, rows, c
 
 
 @pytest.mark.parametrize("name", ["resnet50_caffe", "swin_t", "swin_v2_t"])
-@pytest.mark.parametrize(("height", "width"), [(64, 96), (65, 99), (33, 31)])
-def test_maps_of_any_image_have_the_strides_that_were_asked_for(name, height, width):
+def test_maps_of_any_image_have_the_requested_strides(name):
     backbone = build_backbone(name, "none", strides=(4, 16, 32))
-    maps = features(backbone, batch(height, width)[:1])
-    for x, stride, channels in zip(maps, (4, 16, 32), backbone.channels, strict=True):
-        assert x.shape == (1, channels, -(-height // stride), -(-width // stride))
+    for height, width in ((64, 96), (65, 99), (33, 31)):
+        maps = features(backbone, batch(height, width)[:1])
+        for x, stride, channels in zip(maps, (4, 16, 32), backbone.channels, strict=True):
+            assert x.shape == (1, channels, -(-height // stride), -(-width // stride))
 
 
 def test_fewer_maps_are_the_same_maps():

@@ -1,4 +1,4 @@
-"""Weights that others released: recognised, put in their places, converted."""
+"""Released weights of other code bases: recognized, renamed, converted."""
 
 import logging
 import pickle
@@ -16,14 +16,14 @@ from boxteacher.engine.convert import coco_categories
 from boxteacher.engine.segmenters import build_segmenter
 from boxteacher.engine.weights import build_with_weights, fill
 from boxteacher.errors import InputError
-from boxteacher_adapters.checkpoints import recognise
+from boxteacher_adapters.checkpoints import recognize
 from boxteacher_adapters.parts.backbones import build_backbone
 from boxteacher_adapters.parts.weight_files import read_weight_file
 from tests.engine_support import edited, error_of, log_of, train_arguments
 from tests.released_support import is_computed, only, released_shapes, stand_in_checkpoint
 from tests.support import reference
 
-# Recognising.
+# Recognizing.
 
 
 PATH = Path("released.pth")
@@ -46,7 +46,7 @@ def weightless(name: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", KINDS)
 def test_every_entry_of_a_released_checkpoint_has_its_place(name):
     state = weightless(name)
-    released = recognise(state, PATH)
+    released = recognize(state, PATH)
     assert released.description == KINDS[name]
     with torch.device("meta"):
         segmenter = build_segmenter(
@@ -61,19 +61,19 @@ def test_every_entry_of_a_released_checkpoint_has_its_place(name):
 
 def test_the_network_s_own_entries_are_all_filled():
     """What a checkpoint lacks, the network makes for itself; a batch norm's counter is among it."""
-    released = recognise(weightless("r50"), PATH)
+    released = recognize(weightless("r50"), PATH)
     wanted = build_segmenter("condinst", 80, backbone="resnet50_caffe", weights="none", image_size=1333)
     lacking = wanted.state_dict().keys() - released.weights.keys()
     counters = {name for name in lacking if name.endswith("num_batches_tracked")}
     assert lacking - counters == {"backbone.mean", "backbone.std"}
 
 
-def test_a_student_alone_and_a_plain_condinst_are_recognised():
+def test_a_student_alone_and_a_plain_condinst_are_recognized():
     student = only("student", released_shapes("r50"))
     entries = {key: torch.zeros(()).expand(shape) for key, shape in student.items()}
-    assert recognise(entries, PATH).description.startswith("BoxTeacher's student, condinst")
+    assert recognize(entries, PATH).description.startswith("BoxTeacher's student, condinst")
     plain = {key.removeprefix("student."): value for key, value in entries.items()}
-    assert recognise(plain, PATH).description == "condinst on resnet50_caffe, 80 classes"
+    assert recognize(plain, PATH).description == "condinst on resnet50_caffe, 80 classes"
 
 
 @ON_META
@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_said(change, message):
             "condinst", 80, backbone="resnet50_caffe", weights="none", image_size=1333
         )
     with pytest.raises(InputError, match=message):
-        fill(segmenter, 80, recognise(state, PATH), PATH)
+        fill(segmenter, 80, recognize(state, PATH), PATH)
 
 
 def test_backbones_that_cannot_be_built_are_named():
@@ -111,7 +111,7 @@ def test_backbones_that_cannot_be_built_are_named():
     for key in [key for key in state if "res4.5." in key]:
         del state[key]
     with pytest.raises(InputError, match="a ResNet with 5 blocks in its third stage"):
-        recognise(state, PATH)
+        recognize(state, PATH)
 
 
 # Converting and training.
@@ -155,22 +155,10 @@ def test_categories_of_coco_are_80_with_gaps_between_their_ids():
     assert {i: categories[i] for i in known} == known
 
 
-def test_a_released_solov2_finds_what_the_original_does():
-    expected = reference("forward_solov2_r50")
-    released = recognise(stand_in_checkpoint(released_shapes("solov2_r50")), PATH)
-    segmenter = build_segmenter("solov2", 80, backbone="resnet50_caffe", weights="none", image_size=1333)
-    fill(segmenter, 80, released, PATH)
-    with torch.no_grad():
-        found = segmenter.eval()([expected(f"image_{i}") / 255 for i in range(2)])
-    for i in range(2):
-        assert_close(found[i]["scores"][:30], expected(f"{i}_scores"), rtol=1e-3, atol=0)
-        assert torch.equal(found[i]["labels"][:30], expected(f"{i}_labels"))
-
-
 def test_another_number_of_classes_keeps_all_but_the_classifier(teacher_file, caplog):
     caplog.set_level(logging.INFO)
     options = {"backbone": "resnet50_caffe", "weights": teacher_file, "image_size": 1333}
-    whole = recognise(read_weight_file(teacher_file), teacher_file).weights
+    whole = recognize(read_weight_file(teacher_file), teacher_file).weights
     segmenter = build_with_weights("condinst", 3, **options)
     entries = segmenter.state_dict()
     anew = {"box_head.class_logits.weight", "box_head.class_logits.bias"}
@@ -203,8 +191,8 @@ def test_a_run_begins_from_another_s_checkpoint(run, shapes, tmp_path, capsys):
     """From its own classes with all it knows, so that its first losses are those that it would go on with."""
     again = tmp_path / "again"
     assert main(train_arguments(shapes, again, "--weights", str(run / "last.pt"))) == 0
-    fresh, learnt = (log_of(folder)[0]["loss_classification"] for folder in (run, again))
-    assert learnt < fresh
+    fresh, learned = (log_of(folder)[0]["loss_classification"] for folder in (run, again))
+    assert learned < fresh
 
     def another_class(content: dict[str, Any]) -> None:
         content["categories"].append({"id": 99, "name": "another"})

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, generalized_box_iou_loss
 
 from boxteacher_adapters.fcos import (
     DensePredictions,
@@ -19,6 +19,7 @@ from boxteacher_adapters.fcos import (
     giou_loss,
     match_locations,
     pyramid_locations,
+    sample_positives,
     select_detections,
 )
 from tests.support import target
@@ -44,7 +45,7 @@ def small_pyramid() -> Locations:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(corner, max_size=4), min_size=1, max_size=3), st.sampled_from([(16, 32), (32, 64)]))
-@example([[(0, 0, 32, 32)]], (32, 64))  # locations just as far from the centre as is too far
+@example([[(0, 0, 32, 32)]], (32, 64))  # locations exactly at the radius
 def test_locations_are_matched_as_by_a_loop(rows, sizes):
     boxes = [[(x, y, min(x + w, 96), min(y + h, 64)) for x, y, w, h in image] for image in rows]
     locations = small_pyramid()
@@ -74,6 +75,35 @@ def test_locations_are_matched_as_by_a_loop(rows, sizes):
         first += len(image)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(-1, 3), min_size=12, max_size=12), min_size=2, max_size=2),
+    st.integers(1, 12),
+    st.integers(0, 1000),
+)
+def test_too_many_positives_are_cut_fairly(rows, max_samples, seed):
+    """Each target of a crowded image keeps the same number of its best locations."""
+    # Image 1's targets come after the four of image 0.
+    index = torch.tensor([rows[0], [n + 4 if n >= 0 else -1 for n in rows[1]]])
+    generator = torch.Generator().manual_seed(seed)
+    logits, center = torch.randn(2, 12, 3, generator=generator), torch.randn(2, 12, generator=generator)
+    predictions = DensePredictions(logits, torch.ones(2, 12, 4), center, torch.zeros(2, 12, 1))
+    targets = DenseTargets(index, index, torch.ones(2, 12, 4))
+    image, location = sample_positives(predictions, targets, max_samples)
+    kept = set(zip(image.tolist(), location.tolist(), strict=True))
+    assert len(kept) == len(image)
+    score = logits.sigmoid().amax(2) * center.sigmoid()
+    for b in range(2):
+        positives = [i for i in range(12) if index[b, i] >= 0]
+        own_targets = {int(index[b, i]) for i in positives}
+        share = max(1, max_samples // len(own_targets)) if len(positives) > max_samples else 12
+        expected = set()
+        for n in own_targets:
+            best = sorted((i for i in positives if index[b, i] == n), key=lambda i: -score[b, i])
+            expected |= {(b, i) for i in best[:share]}
+        assert {pair for pair in kept if pair[0] == b} == expected
+
+
 def test_centerness_is_one_in_the_middle_and_known_elsewhere():
     distances = torch.tensor([[2.0, 3, 2, 3], [1, 1, 3, 1], [1, 2, 4, 8], [9, 1, 1, 9]])
     assert_close(centerness_of(distances), torch.tensor([1, (1 / 3) ** 0.5, 0.25, 1 / 9]))
@@ -88,16 +118,12 @@ def test_box_loss_of_equal_of_empty_and_of_crossing_boxes():
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10_000))
-def test_box_loss_is_the_generalised_iou_of_large_boxes(seed):
+def test_box_loss_is_the_generalized_iou_of_large_boxes(seed):
     generator = torch.Generator().manual_seed(seed)
     found, wanted = (1000 * (torch.rand(5, 4, generator=generator) + 0.1) for _ in range(2))
     a, b = (torch.cat([-d[:, :2], d[:, 2:]], 1) for d in (found, wanted))
-    iou = box_iou(a, b).diagonal()
-    hull = (torch.maximum(a, b)[:, 2:] - torch.minimum(a, b)[:, :2]).prod(1)
-    union = (a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1)
-    union = union / (1 + iou)
     # The stride that is added to both areas is 1e-5 of them.
-    assert_close(giou_loss(found, wanted), 1 - iou + 1 - union / hull, rtol=1e-4, atol=1e-4)
+    assert_close(giou_loss(found, wanted), generalized_box_iou_loss(a, b), rtol=1e-4, atol=1e-4)
 
 
 def test_box_loss_of_points_has_a_finite_gradient():

@@ -16,8 +16,11 @@ from boxteacher_adapters import mask2former_matching as matching
 from tests.mask2former_support import with_masks
 from tests.support import seeded_images, target
 
+COUNTS = [2, 1]
+
 
 def two_images(masks: bool = False) -> tuple[matching.MatchingTargets, list[Tensor]]:
+    """Targets of two images, and each image's box masks on the grid."""
     images = seeded_images((64, 64), (64, 64))
     targets = [target((4, 4, 32, 60), (40, 8, 60, 28)), target((16, 16, 60, 40))]
     for each in targets:
@@ -25,70 +28,70 @@ def two_images(masks: bool = False) -> tuple[matching.MatchingTargets, list[Tens
     if masks:
         targets = with_masks(targets, images)
     grid = grid_targets(images, targets, mask_grid(images, 4, 32))
-    return matching.matching_targets(grid, [2, 1], 4, masks), [grid.box_masks[:2], grid.box_masks[2:]]
+    return matching.matching_targets(grid, COUNTS, 4, masks), [grid.box_masks[:2], grid.box_masks[2:]]
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_the_query_that_draws_a_target_gets_it(masks):
-    wanted, drawn = two_images(masks)
+def test_the_query_that_predicts_a_target_is_assigned_to_it(masks):
+    targets, box_masks = two_images(masks)
     logits = torch.full((2, 5, 16, 16), -6.0)
     for image, (query, n) in [(0, (3, 0)), (0, (1, 1)), (1, (4, 0))]:
-        logits[image, query][drawn[image][n]] = 6.0
-    cost = matching.matching_cost(torch.zeros(2, 5, 4), logits, wanted)
-    assert matching.assign(cost[None], wanted.counts).tolist() == [[3, 1, 4]]
+        logits[image, query][box_masks[image][n]] = 6.0
+    cost = matching.matching_cost(torch.zeros(2, 5, 4), logits, targets)
+    assert matching.assign(cost[None], COUNTS).tolist() == [[3, 1, 4]]
 
 
 def test_of_two_like_masks_the_right_class_decides():
-    wanted, drawn = two_images()
+    targets, box_masks = two_images()
     logits = torch.full((2, 5, 16, 16), -6.0)
-    logits[0, 1:3, drawn[0][0]] = 6.0
+    logits[0, 1:3, box_masks[0][0]] = 6.0
     classes = torch.zeros(2, 5, 4)
     classes[0, 2, 0] = 1.0
-    cost = matching.matching_cost(classes, logits, wanted)
-    assert matching.assign(cost[None], wanted.counts)[0, 0] == 2
+    cost = matching.matching_cost(classes, logits, targets)
+    assert matching.assign(cost[None], COUNTS)[0, 0] == 2
 
 
 def test_costs_are_those_of_the_formulas():
-    wanted, _ = two_images(masks=True)
+    targets, _ = two_images(masks=True)
     torch.manual_seed(0)
     classes, logits = torch.randn(2, 5, 4), torch.randn(2, 5, 16, 16) * 3
-    cost = matching.matching_cost(classes, logits, wanted)
-    p, t = logits[0, 3].sigmoid(), wanted.masks[0, 1]
+    cost = matching.matching_cost(classes, logits, targets)
+    p, t = logits[0, 3].sigmoid(), targets.masks[0, 1]
     dice = 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
     pixel = F.binary_cross_entropy_with_logits(logits[0, 3], t)
     probability = classes[0, 3].softmax(0)[1]
     assert_close(cost[0, 3, 1], -2 * probability + 5 * pixel + 5 * dice)
 
-    blank = matching.matching_cost(
-        classes, torch.full_like(logits, -6.0).index_fill(3, torch.arange(8), 6.0), two_images()[0]
-    )
-    # The left half of the canvas, against a box from 40 to 60 and from 8 to 28 of 64 pixels.
+    left_half = torch.full_like(logits, -6.0).index_fill(3, torch.arange(8), 6.0)
+    cost = matching.matching_cost(classes, left_half, two_images()[0])
+    # Against a box from 40 to 60 and from 8 to 28 of 64 pixels.
     l1 = (40 + 8 + 28 + 36) / 64
     p = torch.tensor(6.0).sigmoid()
     # Of the grid's pixels 2, 6, 10, …, five lie in the box on each axis.
     columns = 1 - (2 * 5 * (1 - p) + 1) / (8 * p + 8 * (1 - p) + 5 + 1)
     rows = 1 - (2 * 5 * p + 1) / (16 * p + 5 + 1)
-    assert_close(blank[0, 3, 1], -2 * probability + 5 * l1 + 5 * (columns + rows))
+    assert_close(cost[0, 3, 1], -2 * probability + 5 * l1 + 5 * (columns + rows))
 
 
-def test_targets_without_a_drawn_mask_are_matched_by_their_box():
+def test_targets_without_an_annotated_mask_are_matched_by_their_box():
     images, boxes = seeded_images((64, 64)), target((4, 4, 32, 60), (40, 8, 60, 28))
-    (drawn,) = with_masks([boxes], images)
-    drawn["has_mask"] = torch.tensor([True, False])
+    (annotated,) = with_masks([boxes], images)
+    annotated["has_mask"] = torch.tensor([True, False])
     costs = []
     torch.manual_seed(0)
     classes, logits = torch.randn(1, 5, 4), torch.randn(1, 5, 16, 16)
-    for each, masks in ((drawn, True), (boxes, False), ({**drawn, "has_mask": torch.ones(2).bool()}, True)):
+    all_annotated = {**annotated, "has_mask": torch.ones(2).bool()}
+    for each, masks in ((annotated, True), (boxes, False), (all_annotated, True)):
         grid = grid_targets(images, [each], mask_grid(images, 4, 32))
-        wanted = matching.matching_targets(grid, [2], 4, masks)
-        costs.append(matching.matching_cost(classes, logits, wanted)[0])
+        targets = matching.matching_targets(grid, [2], 4, masks)
+        costs.append(matching.matching_cost(classes, logits, targets)[0])
     mixed, box, mask = costs
     assert_close(mixed[:, 1], box[:, 1])
     assert_close(mixed[:, 0], mask[:, 0])
     assert not torch.allclose(box, mask)
 
 
-def test_the_assignment_costs_least():
+def test_the_assignment_has_the_minimum_cost():
     torch.manual_seed(0)
     costs = torch.randn(2, 3, 5, 3)
     counts = (3, 0, 2)

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from boxteacher_adapters.mask2former import STRIDES
-from boxteacher_adapters.mask2former_decoder import MaskedAttentionDecoder
-from boxteacher_adapters.mask2former_prior import SpatialPrior, ellipse_logits
+from boxteacher_adapters.mask2former_decoder import MaskedAttentionDecoder, SpatialPrior, ellipse_logits
 from boxteacher_adapters.parts.deformable_attention import DeformableAttention
 from boxteacher_adapters.parts.pixel_decoder import PixelDecoder, sine_position_embedding
 
@@ -22,8 +21,8 @@ def test_deformable_attention_is_a_weighted_sum_of_bilinear_samples():
         torch.nn.init.normal_(layer.weight, std=0.3)
     sizes = [(3, 4), (6, 8)]
     tokens, queries = torch.randn(2, 12 + 48, 16), torch.randn(2, 5, 16)
-    places = torch.rand(5, 2)
-    found = attention(queries, places, tokens, sizes)
+    centers = torch.rand(5, 2)
+    found = attention(queries, centers, tokens, sizes)
     offsets = attention.offsets(queries).view(2, 5, 4, 2, 3, 2)
     weights = attention.weights(queries).view(2, 5, 4, 6).softmax(-1).view(2, 5, 4, 2, 3)
     values = attention.values(tokens).view(2, 60, 4, 4)
@@ -31,7 +30,7 @@ def test_deformable_attention_is_a_weighted_sum_of_bilinear_samples():
     for level, (first, (height, width)) in enumerate(zip((0, 12), sizes, strict=True)):
         for b, n, m, k in itertools.product(range(2), range(5), range(4), range(3)):
             dx, dy = offsets[b, n, m, level, k].tolist()
-            x, y = places[n, 0].item() * width + dx - 0.5, places[n, 1].item() * height + dy - 0.5
+            x, y = centers[n, 0].item() * width + dx - 0.5, centers[n, 1].item() * height + dy - 0.5
             for i, j in itertools.product(
                 (math.floor(y), math.floor(y) + 1), (math.floor(x), math.floor(x) + 1)
             ):
@@ -41,7 +40,7 @@ def test_deformable_attention_is_a_weighted_sum_of_bilinear_samples():
     assert_close(found, attention.output(expected.flatten(2)), rtol=1e-4, atol=1e-5)
 
 
-def test_heads_look_in_directions_of_their_own_at_first():
+def test_heads_attend_in_directions_of_their_own_at_first():
     rays = DeformableAttention(64, 3).offsets.bias.view(8, 3, 4, 2)
     assert_close(rays[0, 0], torch.tensor([[1.0, 0], [2, 0], [3, 0], [4, 0]]), atol=1e-5, rtol=0)
     assert_close(rays[1, 2, 1], torch.tensor([2.0, 2.0]), atol=1e-5, rtol=0)
@@ -72,20 +71,20 @@ def test_a_query_sees_nothing_outside_its_last_mask():
     inside = F.interpolate(first, (2, 3), mode="bilinear") >= 0  # (1, 4, 2, 3)
     cells = itertools.product(range(2), range(3))
     row, column = next((i, j) for i, j in cells if not inside[0, :, i, j].all())
-    blind = ~inside[0, :, row, column] & inside[0].flatten(1).any(1)  # (4,)
-    assert blind.any()
-    # Self-attention would carry news from one query to another; here each hears itself alone.
+    masked = ~inside[0, :, row, column] & inside[0].flatten(1).any(1)  # (4,)
+    assert masked.any()
+    # Self-attention would carry a change from one query to another; here each attends to itself alone.
     torch.nn.init.zeros_(decoder.layers[0].self_attention.out_proj.weight)
     before = decoder(levels, features)[1].mask_embeddings[0]
     levels[0][0, :, row, column] += 3
     changed = (decoder(levels, features)[1].mask_embeddings[0] - before).abs().amax(1) > 1e-4
-    assert_close(changed, ~blind)
+    assert_close(changed, ~masked)
 
 
 def test_the_prior_s_logits_are_those_of_an_ellipse():
     ellipses = torch.tensor([[[0.25, 0.5, 0.5, 0.25]]])
     logits = ellipse_logits(ellipses, 16, 8)[0, 0]
-    # In halves of the extent, cell (r, c)'s middle is (r + 0.5 − 8) / 2 and (c + 0.5 − 2) / 2 away.
+    # In halves of the extent, cell (r, c)'s center is (r + 0.5 − 8) / 2 and (c + 0.5 − 2) / 2 away.
     for r, c in ((7, 1), (8, 3), (6, 0), (9, 2)):
         expected = 4 * (1 - ((r - 7.5) / 2) ** 2 - ((c - 1.5) / 2) ** 2)
         assert logits[r, c].item() == pytest.approx(expected, abs=1e-5)
@@ -96,11 +95,11 @@ def test_a_prior_as_small_as_nothing_is_finite():
     assert torch.isfinite(logits).all()
 
 
-def test_anchors_cover_the_canvas_at_first():
+def test_anchors_cover_the_image_at_first():
     ellipses = SpatialPrior(32, 100)(torch.randn(2, 100, 32))
     assert_close(ellipses[0], ellipses[1])
     assert_close(ellipses[..., 2:], torch.full((2, 100, 2), 0.3))
     covered = (ellipse_logits(ellipses, 32, 32)[0] > 0).sum(0)
     assert covered.min() >= 1
-    # An ellipse covers π / 4 · 0.3² of the canvas, and about half of that in a corner.
+    # An ellipse covers π / 4 · 0.3² of the image, and about half of that in a corner.
     assert covered.max() <= 3 * 100 * math.pi / 4 * 0.3**2

@@ -1,4 +1,4 @@
-"""What segmenters share: enlarging maps, ranks in groups, and fair shares."""
+"""What segmenters share: enlarging maps, ranks in groups, fair shares, boxes round masks."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from boxteacher.grid import upsample_aligned
-from boxteacher_adapters.parts.extent import mask_extent
 from boxteacher_adapters.parts.grouping import rank_in_group, share_evenly
+from boxteacher_adapters.parts.maps import mask_boxes, mask_boxes_in_images
 from tests.support import filled
 
 
@@ -49,22 +49,30 @@ def test_rank_in_group_counts_the_better_ones_of_the_group(rows):
     ),
     st.integers(1, 12),
 )
-def test_targets_of_a_crowded_image_share_evenly_and_the_best_stay(rows, most):
+def test_targets_of_a_crowded_image_share_evenly_and_the_best_stay(rows, max_samples):
     image = torch.tensor([row[0] for row in rows], dtype=torch.int64)
     target = torch.tensor([10 * row[0] + row[1] for row in rows], dtype=torch.int64)
     score = torch.tensor([row[2] for row in rows])
-    kept = share_evenly(image, target, score, 4, most)
+    kept = share_evenly(image, target, score, 4, max_samples)
     expected = []
     for b in range(4):
         mine = [i for i, row in enumerate(rows) if row[0] == b]
         targets = {rows[i][1] for i in mine}
-        share = len(mine) if len(mine) <= most else max(1, most // len(targets))
+        share = len(mine) if len(mine) <= max_samples else max(1, max_samples // len(targets))
         for n in targets:
             of_target = sorted((i for i in mine if rows[i][1] == n), key=lambda i: -rows[i][2])
             expected += of_target[:share]
     assert kept.tolist() == sorted(expected)
 
 
-def test_an_extent_is_the_mask_s_box():
+def test_masks_have_boxes_round_them():
     masks = torch.stack([filled((3, 2, 9, 7), 12, 10), torch.zeros(12, 10, dtype=torch.bool)])
-    assert mask_extent(masks.any(2), masks.any(1)).tolist() == [[3, 2, 9, 7], [0, 0, 0, 0]]
+    assert mask_boxes(masks).tolist() == [[3, 2, 9, 7], [0, 0, 0, 0]]
+
+
+def test_boxes_round_masks_end_with_the_image():
+    masks = torch.stack(
+        [filled((3, 2, 9, 7), 12, 10), filled((3, 2, 9, 7), 12, 10), filled((8, 9, 10, 12), 12, 10)]
+    )
+    sizes = torch.tensor([[48, 40], [26, 31], [33, 31]])  # of cells of 4 pixels
+    assert mask_boxes_in_images(masks, sizes, 4).tolist() == [[12, 8, 36, 28], [12, 8, 31, 26], [0, 0, 0, 0]]

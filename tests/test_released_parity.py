@@ -63,12 +63,12 @@ def test_a_training_step(name, released):
 def test_the_deformable_network_as_far_as_float32_goes():
     """With stand-in weights, thirty layers that look where the last one tells them multiply a rounding error.
 
-    Float64 differs from float32 by 7e-4 of the greatest mask feature, and the original by 5e-4. That reorders
+    Float64 differs from float32 by 7e-4 of the largest mask feature, and the original by 5e-4. That reorders
     detections and pseudo masks, so that only what does not depend on their order is compared to a thousandth.
     """
     released = load_released("r101_dcn", Path(OTHERS))
     for what, difference in {**feature_differences(released), **head_differences(released)}.items():
-        assert difference <= 0.2, what  # of a hundredth of the greatest entry
+        assert difference <= 0.2, what  # of a hundredth of the largest entry
     assert all(found.scores <= 1e-2 for found in detection_differences(released))
     losses, _ = step_differences(released)
     from_boxes = ("classification", "box", "centerness", "projection", "pairwise")

@@ -1,1 +1,1 @@
-"""Segmenters that `BoxTeacher` can teach, one module each, on torchvision's parts."""
+"""Segmenters for `BoxTeacher`, one module each, on torchvision's parts."""

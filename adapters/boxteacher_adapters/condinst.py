@@ -1,4 +1,4 @@
-"""CondInst (ECCV 2020): FCOS whose every location also predicts the filters that draw its object's mask."""
+"""CondInst (ECCV 2020): FCOS whose every location also predicts the filters of its object's mask head."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -6,28 +6,36 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from boxteacher.errors import InputError
-from boxteacher.grid import grid_coordinates, pad_images, upsample_aligned
-from boxteacher.precision import full_precision
-from boxteacher.protocol import Candidates, Detections, MaskPredictions, StudentOutput, Target
-from boxteacher.scoring import mask_quality, ranking_score
-from boxteacher.validation import check_labels
+from boxteacher.adapter import (
+    Candidates,
+    Detections,
+    MaskPredictions,
+    Segmenter,
+    StudentOutput,
+    Target,
+    check_labels,
+    full_precision,
+    grid_coordinates,
+    mask_quality,
+    pad_images,
+    ranking_score,
+    upsample_aligned,
+)
 from boxteacher_adapters.fcos import (
     DenseDetections,
     DensePredictions,
-    DenseTargets,
     FCOSHead,
     Locations,
     fcos_losses,
     match_locations,
     pyramid_locations,
+    sample_positives,
     select_detections,
 )
 from boxteacher_adapters.parts.backbones import Backbone, Weights, build_backbone
-from boxteacher_adapters.parts.grouping import share_evenly
 
 STRIDES = (8, 16, 32, 64, 128)
 
@@ -39,19 +47,19 @@ class _Features:
     mask_features: Tensor  # (B, D, H / 8, W / 8)
 
 
-class CondInst(nn.Module):
+class CondInst(Segmenter):
     """CondInst on a feature pyramid P3 to P7; follows `PseudoMaskProvider`.
 
     Args:
-        backbone: maps of strides 8, 16 and 32.
+        backbone: backbone with maps of strides 8, 16 and 32.
         num_classes: C; labels are 0 … C−1.
-        channels: of the pyramid and the box head, a multiple of 32, at least 64.
-        num_convs: convolutions per tower of the box head.
-        mask_channels: of the mask branch.
-        level_sizes: the greatest distance, in pixels, from a location to a side of its box that P3 to P6
-            are there for; P7 takes the rest.
-        max_samples: positive locations per image whose masks are drawn in training; every target that has
-            a positive location keeps at least one.
+        channels: number of channels of the pyramid and the box head, a multiple of 32, at least 64.
+        num_convs: number of convolutions per tower of the box head.
+        mask_channels: number of channels of the mask branch.
+        level_sizes: maximum distance in pixels from a location on P3 to P6 to a side of its box; P7 takes
+            the larger boxes.
+        max_samples: maximum number of positive locations per image whose masks are predicted in training;
+            every target that has a positive location keeps at least one.
     """
 
     mask_stride = 4
@@ -82,37 +90,32 @@ class CondInst(nn.Module):
         )
         self.box_head = FCOSHead(channels, num_classes, num_convs, len(STRIDES), self.mask_head.num_params)
 
-    def forward(self, images: list[Tensor]) -> list[Detections]:
+    def detect(self, images: Sequence[Tensor]) -> list[Detections]:
         """Detections of images (3, H_i, W_i), with mask probabilities (K, 1, H_i, W_i)."""
-        if self.training:
-            raise InputError(
-                "CondInst is trained through BoxTeacher, BoxSupervised or MaskSupervised: wrap it, "
-                "or call eval() to detect"
-            )
-        features, found = self._detect(images)
-        masks = self._masks(features, found.image_index, found.location).sigmoid()  # (K, 1, H / 4, W / 4)
+        features, found = self._select(images)
+        masks = self._masks(features, found.image_index, found.location).sigmoid()  # (K, H / 4, W / 4)
         return [
             _detections_of_image(found, masks, found.image_index == i, image.shape[-2:])
             for i, image in enumerate(images)
         ]
 
     def forward_teacher(self, images: list[Tensor]) -> Candidates:
-        """Detections as candidates; a mask costs its dynamic filters alone."""
-        features, found = self._detect(images)
+        """Detections as candidates; decoding a mask costs its dynamic filters alone."""
+        features, found = self._select(images)
 
         def decode_masks(candidates: Tensor, _boxes: Tensor, _labels: Tensor) -> Tensor:
-            return self._masks(features, found.image_index[candidates], found.location[candidates])[:, 0]
+            return self._masks(features, found.image_index[candidates], found.location[candidates])
 
         return Candidates(found.boxes, found.scores, found.labels, found.image_index, decode_masks)
 
     def forward_student(self, images: list[Tensor], targets: list[Target]) -> StudentOutput:
-        """FCOS's losses, and the masks of positive locations, `max_samples` per image at most."""
+        """FCOS's losses, and the masks of positive locations, at most `max_samples` per image."""
         check_labels(targets, self.num_classes)
         features = self._features(images)
         matched = match_locations(features.locations, targets, self.level_sizes, self.num_classes)
-        image, location = self._samples(features.predictions, matched)
-        logits = self._masks(features, image, location)[:, 0]  # (M, H / 4, W / 4)
-        masks = MaskPredictions(logits, matched.target_index[image, location])
+        image_index, location = sample_positives(features.predictions, matched, self.max_samples)  # (M,) each
+        logits = self._masks(features, image_index, location)  # (M, H / 4, W / 4)
+        masks = MaskPredictions(logits, matched.target_index[image_index, location])
         return StudentOutput(fcos_losses(features.predictions, matched), [masks])
 
     def _features(self, images: Sequence[Tensor]) -> _Features:
@@ -123,63 +126,57 @@ class CondInst(nn.Module):
             self.box_head(pyramid), pyramid_locations(pyramid, STRIDES), self.mask_branch(pyramid[:3])
         )
 
-    def _detect(self, images: Sequence[Tensor]) -> tuple[_Features, DenseDetections]:
+    def _select(self, images: Sequence[Tensor]) -> tuple[_Features, DenseDetections]:
         features = self._features(images)
-        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        sizes = [image.shape[-2:] for image in images]
         return features, select_detections(features.predictions, features.locations, sizes)
 
-    def _masks(self, features: _Features, image: Tensor, location: Tensor) -> Tensor:
-        """Mask logits (M, 1, H / 4, W / 4) that locations (M,) of images (M,) draw."""
+    def _masks(self, features: _Features, image_index: Tensor, location: Tensor) -> Tensor:
+        """Mask logits (M, H / 4, W / 4) of locations (M,) in images (M,)."""
         logits = self.mask_head(
             features.mask_features,
-            features.predictions.controllers[image, location],
-            image,
+            features.predictions.controllers[image_index, location],
+            image_index,
             features.locations.centers[location],
             features.locations.level[location],
         )
-        return upsample_aligned(logits, STRIDES[0] // self.mask_stride)
-
-    def _samples(self, predictions: DensePredictions, matched: DenseTargets) -> tuple[Tensor, Tensor]:
-        """Image and location (M,) of the positives whose masks are drawn.
-
-        Where an image has too many, its targets share the number evenly, and the locations with the highest
-        class probability times centerness come first.
-        """
-        image, location = (matched.target_index >= 0).nonzero(as_tuple=True)
-        target = matched.target_index[image, location]
-        with torch.no_grad():
-            score = predictions.class_logits[image, location].float().sigmoid().amax(1)  # (P,)
-            score = score * predictions.centerness[image, location].float().sigmoid()
-        kept = share_evenly(image, target, score, len(matched.target_index), self.max_samples)
-        return image[kept], location[kept]
+        return upsample_aligned(logits, STRIDES[0] // self.mask_stride)[:, 0]
 
 
 def _detections_of_image(
     found: DenseDetections, masks: Tensor, mine: Tensor, size: Sequence[int]
 ) -> Detections:
-    """One image's detections; their scores are ranked by box and mask together (BoxTeacher, Eq. 2)."""
-    enlarged = upsample_aligned(masks[mine], CondInst.mask_stride)[..., : size[0], : size[1]]  # (K, 1, H, W)
-    scores = ranking_score(found.scores[mine], mask_quality(enlarged[:, 0]))  # (K,)
+    """One image's detections; boxes and masks are scored together (BoxTeacher, Eq. 2)."""
+    pixels = upsample_aligned(masks[mine][:, None], CondInst.mask_stride)
+    pixels = pixels[..., : size[0], : size[1]]  # (K, 1, H, W)
+    scores = ranking_score(found.scores[mine], mask_quality(pixels[:, 0]))  # (K,)
     order = scores.argsort(descending=True, stable=True)
     return {
         "boxes": found.boxes[mine][order],
         "labels": found.labels[mine][order],
         "scores": scores[order],
-        "masks": enlarged[order],
+        "masks": pixels[order],
     }
 
 
 class MaskBranch(nn.Module):
-    """The features that all masks of an image are drawn from, at stride 8."""
+    """The mask features that all masks of an image are decoded from, at stride 8 (CondInst, Sec. 3.1).
+
+    Args:
+        in_channels: number of channels of P3 to P5.
+        channels: number of channels of the convolutions.
+    """
 
     out_channels = 16
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
-        self.refine = nn.ModuleList(_conv_norm(in_channels, channels) for _ in range(3))
-        self.tower = nn.Sequential(
-            *(_conv_norm(channels, channels) for _ in range(4)), nn.Conv2d(channels, self.out_channels, 1)
-        )
+        self.refine = nn.ModuleList(Conv2dNormActivation(in_channels, channels) for _ in range(3))
+        self.tower = nn.Sequential(*(Conv2dNormActivation(channels, channels) for _ in range(4)))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+        self.tower.append(nn.Conv2d(channels, self.out_channels, 1))
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
         """P3, P4 and P5 (B, in_channels, h_i, w_i) to (B, out_channels, h_3, w_3)."""
@@ -190,20 +187,14 @@ class MaskBranch(nn.Module):
         return self.tower(total)
 
 
-def _conv_norm(in_channels: int, out_channels: int) -> nn.Sequential:
-    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-    nn.init.kaiming_uniform_(conv.weight, a=1)
-    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
-
-
 class DynamicMaskHead(nn.Module):
     """Three 1 × 1 convolutions whose weights each location predicts for its own object (CondInst, Sec. 3.1).
 
     Args:
-        in_channels: of the mask features.
-        sizes: per level, what coordinates relative to the location are divided by.
-        stride: of the mask features.
-        channels: between the convolutions.
+        in_channels: number of channels of the mask features.
+        sizes: per level, divisor of the coordinates relative to the location.
+        stride: pixels per cell of the mask features.
+        channels: number of channels between the convolutions.
     """
 
     sizes: Tensor
@@ -218,14 +209,14 @@ class DynamicMaskHead(nn.Module):
         self.register_buffer("sizes", torch.tensor(sizes, dtype=torch.float32), persistent=False)
 
     def forward(
-        self, features: Tensor, params: Tensor, image: Tensor, centers: Tensor, level: Tensor
+        self, features: Tensor, params: Tensor, image_index: Tensor, centers: Tensor, level: Tensor
     ) -> Tensor:
         """Mask logits (M, 1, h, w).
 
         Args:
             features: (B, in_channels, h, w).
             params: (M, num_params), all weights, then all biases.
-            image: (M,) int64, whose features each mask is drawn from.
+            image_index: (M,) int64 of the features that each mask is decoded from.
             centers: (M, 2) x, y in pixels of the predicting location.
             level: (M,) int64 of the predicting location.
         """
@@ -242,9 +233,9 @@ class DynamicMaskHead(nn.Module):
             # Coordinates add a term per column and a term per row, so that no map of them is built.
             across = first[:, :, 0, None] * x[:, None]  # (M, channels, w)
             down = first[:, :, 1, None] * y[:, None] + first_bias  # (M, channels, h)
-            place = (across[:, :, None, :] + down[:, :, :, None]).flatten(2)  # (M, channels, h · w)
-            mine = features[image].float().flatten(2)  # (M, in_channels, h · w)
-            out = torch.baddbmm(place, first[:, :, 2:], mine)  # (M, channels, h · w)
+            position = (across[:, :, None, :] + down[:, :, :, None]).flatten(2)  # (M, channels, h · w)
+            own_features = features[image_index].float().flatten(2)  # (M, in_channels, h · w)
+            out = torch.baddbmm(position, first[:, :, 2:], own_features)  # (M, channels, h · w)
             for weight, bias in others:
                 out = torch.bmm(weight, out.relu_()).add_(bias)
         return out.unflatten(2, (height, width))
@@ -267,20 +258,20 @@ def build_condinst(
     image_size: int = 1333,
     mask_samples: int = 64,
 ) -> CondInst:
-    """CondInst as the paper has it, or, for images of at most 512 pixels, with smaller heads.
+    """CondInst as in the paper, or, for images of at most 512 pixels, with smaller heads.
 
     The small heads have 128 channels instead of 256, two convolutions per tower instead of four, a mask
-    branch of 64 channels instead of 128, and a pyramid whose levels are there for objects of half the size.
+    branch of 64 channels instead of 128, and a pyramid whose levels take objects of half the size.
 
     Args:
         num_classes: C.
-        backbone: see `build_backbone`.
-        weights: of the backbone; see `build_backbone`.
+        backbone: name of the backbone; see `build_backbone`.
+        weights: weights of the backbone; see `build_backbone`.
         image_size: longest side of the images in pixels.
-        mask_samples: `max_samples` of `CondInst`.
+        mask_samples: maximum number of masks per image in training; `max_samples` of `CondInst`.
 
     Raises:
-        InputError: no such backbone, or its weights cannot be had or do not fit.
+        InputError: the backbone is unknown, or its weights cannot be had or do not fit.
     """
     body = build_backbone(backbone, weights)
     if image_size > 512:

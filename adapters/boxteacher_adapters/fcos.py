@@ -3,19 +3,23 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, nms, sigmoid_focal_loss
+from torchvision.ops import Conv2dNormActivation, batched_nms, nms, sigmoid_focal_loss
 
-from boxteacher.protocol import Target
-from boxteacher_adapters.parts.grouping import rank_in_group
+from boxteacher.adapter import Target, global_count, grid_coordinates
+from boxteacher_adapters.parts.grouping import rank_in_group, share_evenly
+from boxteacher_adapters.parts.maps import flatten_levels
 
-_CENTER_RADIUS = 1.5  # strides, of the square round a box's centre whose locations are positive
-_CLASS_THRESHOLD = 0.05  # least class probability of a detection
-_CANDIDATES_PER_LEVEL = 1000  # entries (location and class) of each level and image that go to NMS
-_NMS_THRESHOLD = 0.6  # a box goes if a better one of its class overlaps it with more than this IoU
+_CLASS_PRIOR = 0.01  # initial probability of every class (RetinaNet, ICCV 2017, Sec. 4.1)
+_CENTER_RADIUS = 1.5  # distance in strides, on both axes, below which a location is near a box's center
+_CLASS_THRESHOLD = 0.05  # class probability that a detection must exceed
+_CANDIDATES_PER_LEVEL = 1000  # pairs of location and class that go to NMS, per level and image
+_NMS_THRESHOLD = 0.6  # IoU with a better box of the same class above which a box is removed
 _DETECTIONS_PER_IMAGE = 100
 
 
@@ -27,7 +31,7 @@ class Locations:
         centers: (L, 2) x, y in pixels.
         level: (L,) int64.
         stride: (L,) in pixels.
-        counts: locations of each level, L in all.
+        counts: numbers of locations of each level, L in all.
     """
 
     centers: Tensor
@@ -38,7 +42,7 @@ class Locations:
 
 @dataclass(frozen=True)
 class DensePredictions:
-    """What the head says at each location.
+    """The head's outputs at all locations.
 
     Attributes:
         class_logits: (B, L, C).
@@ -55,7 +59,7 @@ class DensePredictions:
 
 @dataclass(frozen=True)
 class DenseTargets:
-    """What each location is to predict.
+    """The target of each location.
 
     Attributes:
         target_index: (B, L) int64 into all targets of the batch laid end to end, −1 for background.
@@ -72,10 +76,10 @@ class FCOSHead(nn.Module):
     """Two towers shared by all levels; the controllers of dynamic masks come from the box tower.
 
     Args:
-        channels: of the pyramid.
+        channels: number of the pyramid's channels.
         num_classes: C.
-        num_convs: convolutions per tower.
-        num_levels: of the pyramid, each with a scale of its own for distances.
+        num_convs: number of convolutions per tower.
+        num_levels: number of the pyramid's levels, each with its own scale of distances.
         num_controller_params: P.
     """
 
@@ -95,54 +99,39 @@ class FCOSHead(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        prior = 0.01  # of every class at first
-        self.class_logits.bias = nn.Parameter(torch.full((num_classes,), math.log(prior / (1 - prior))))
+        prior_logit = math.log(_CLASS_PRIOR / (1 - _CLASS_PRIOR))
+        self.class_logits.bias = nn.Parameter(torch.full((num_classes,), prior_logit))
 
     def forward(self, pyramid: Sequence[Tensor]) -> DensePredictions:
         """Predictions at all locations of the levels (B, channels, h_i, w_i)."""
         levels = []
         for features, scale in zip(pyramid, self.scales, strict=True):
             class_features, box_features = self.class_tower(features), self.box_tower(features)
-            levels.append(
-                (
-                    _by_location(self.class_logits(class_features)),
-                    _by_location(F.relu(self.distances(box_features) * scale)),
-                    _by_location(self.centerness(box_features))[..., 0],
-                    _by_location(self.controller(box_features)),
-                )
-            )
-        return DensePredictions(*(torch.cat(parts, 1) for parts in zip(*levels, strict=True)))
+            distances = F.relu(self.distances(box_features) * scale)
+            centerness, controllers = self.centerness(box_features), self.controller(box_features)
+            levels.append((self.class_logits(class_features), distances, centerness, controllers))
+        class_logits, distances, centerness, controllers = map(flatten_levels, zip(*levels, strict=True))
+        return DensePredictions(class_logits, distances, centerness[..., 0], controllers)
 
 
 def _tower(channels: int, num_convs: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for _ in range(num_convs):
-        layers += [
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.GroupNorm(32, channels),
-            nn.ReLU(inplace=True),
-        ]
-    return nn.Sequential(*layers)
-
-
-def _by_location(maps: Tensor) -> Tensor:
-    """(B, D, h, w) to (B, h · w, D)."""
-    return maps.flatten(2).transpose(1, 2)
+    norm = partial(nn.GroupNorm, 32)
+    blocks = [Conv2dNormActivation(channels, channels, norm_layer=norm, bias=True) for _ in range(num_convs)]
+    return nn.Sequential(*chain(*blocks))
 
 
 def pyramid_locations(pyramid: Sequence[Tensor], strides: Sequence[int]) -> Locations:
-    """The middle of every cell of the levels (B, D, h_i, w_i)."""
-    centers, levels, all_strides, counts = [], [], [], []
-    for level, (features, stride) in enumerate(zip(pyramid, strides, strict=True)):
+    """The center of every cell of the levels (B, D, h_i, w_i)."""
+    device = pyramid[0].device
+    centers, counts = [], []  # (h_i · w_i, 2) each
+    for features, stride in zip(pyramid, strides, strict=True):
         height, width = features.shape[-2:]
-        x = torch.arange(width, device=features.device) * stride + stride // 2
-        y = torch.arange(height, device=features.device) * stride + stride // 2
-        rows, columns = torch.meshgrid(y, x, indexing="ij")
-        centers.append(torch.stack([columns.flatten(), rows.flatten()], 1).float())  # (h · w, 2)
+        rows, columns = grid_coordinates(height * stride, width * stride, stride, device)
+        centers.append(torch.cartesian_prod(rows, columns).flip(1).float())
         counts.append(height * width)
-        levels.append(torch.full((height * width,), level, device=features.device))
-        all_strides.append(torch.full((height * width,), float(stride), device=features.device))
-    return Locations(torch.cat(centers), torch.cat(levels), torch.cat(all_strides), tuple(counts))
+    level = torch.cat([torch.full((count,), i, device=device) for i, count in enumerate(counts)])  # (L,)
+    stride_of_level = torch.tensor(strides, device=device, dtype=torch.float32)
+    return Locations(torch.cat(centers), level, stride_of_level[level], tuple(counts))
 
 
 def match_locations(
@@ -151,24 +140,29 @@ def match_locations(
     level_sizes: Sequence[float],
     num_classes: int,
 ) -> DenseTargets:
-    """Gives each location the smallest box whose centre is near and whose size its level is there for.
+    """Assigns to each location the smallest box whose center is near and whose size belongs to its level.
 
     Args:
         locations: L of them.
-        targets: of B images.
-        level_sizes: the greatest distance to a side, in pixels, that each level but the last is there for.
+        targets: one per image.
+        level_sizes: maximum distance in pixels from a location to a side of its box, of each level but the
+            last.
         num_classes: C, the label of background.
     """
     bounds = locations.centers.new_tensor([-1.0, *level_sizes, math.inf])
     lower, upper = bounds[locations.level][:, None], bounds[locations.level + 1][:, None]  # (L, 1)
+    radius = (_CENTER_RADIUS * locations.stride)[:, None]  # (L, 1)
+    points = locations.centers[:, None]  # (L, 1, 2)
     index, labels, distances = [], [], []
     first = 0
     for target in targets:
         boxes = target["boxes"].float()  # (N, 4)
         count = len(boxes)
-        sides = _distances(locations.centers, boxes)  # (L, N, 4) in pixels
+        sides = torch.cat([points - boxes[:, :2], boxes[:, 2:] - points], 2)  # (L, N, 4) in pixels
         farthest = sides.amax(2)  # (L, N)
-        positive = _near_center(locations, boxes) & (farthest >= lower) & (farthest <= upper)
+        offset = (points - (boxes[:, :2] + boxes[:, 2:]) / 2).abs().amax(2)  # (L, N)
+        inside = (sides.amin(2) > 0) & (offset < radius)
+        positive = inside & (farthest >= lower) & (farthest <= upper)
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])  # (N,)
         # A last column, larger than any box, is the background's, so that images without boxes work too.
         areas = F.pad(torch.where(positive, area, math.inf), (0, 1), value=torch.finfo(area.dtype).max)
@@ -177,25 +171,27 @@ def match_locations(
         index.append(torch.where(background, -1, first + chosen))
         labels.append(F.pad(target["labels"], (0, 1), value=num_classes)[chosen])
         sides = F.pad(sides, (0, 0, 0, 1))  # (L, N + 1, 4)
-        nearest = sides.gather(1, chosen[:, None, None].expand(-1, 1, 4))[:, 0]  # (L, 4)
-        distances.append(nearest / locations.stride[:, None])
+        chosen_sides = sides.gather(1, chosen[:, None, None].expand(-1, 1, 4))[:, 0]  # (L, 4)
+        distances.append(chosen_sides / locations.stride[:, None])
         first += count
     return DenseTargets(torch.stack(index), torch.stack(labels), torch.stack(distances))
 
 
-def _distances(points: Tensor, boxes: Tensor) -> Tensor:
-    """From points (L, 2) to the sides of boxes (N, 4), inwards positive: (L, N, 4)."""
-    x, y = points[:, None, 0], points[:, None, 1]  # (L, 1)
-    return torch.stack([x - boxes[:, 0], y - boxes[:, 1], boxes[:, 2] - x, boxes[:, 3] - y], 2)
+@torch.no_grad()
+def sample_positives(
+    predictions: DensePredictions, targets: DenseTargets, max_samples: int
+) -> tuple[Tensor, Tensor]:
+    """Image index and location (M,) of the positive locations whose masks are predicted in training.
 
-
-def _near_center(locations: Locations, boxes: Tensor) -> Tensor:
-    """(L, N): the location is in the box, and near its centre on both axes."""
-    center = (boxes[:, :2] + boxes[:, 2:]) / 2  # (N, 2)
-    reach = (_CENTER_RADIUS * locations.stride)[:, None]  # (L, 1)
-    offset = (locations.centers[:, None] - center).abs()  # (L, N, 2)
-    inside = _distances(locations.centers, boxes).amin(2) > 0
-    return inside & (offset.amax(2) < reach)
+    Where an image has more than `max_samples`, its targets share the number evenly, and the locations with
+    the highest class probability times centerness are kept.
+    """
+    image_index, location = (targets.target_index >= 0).nonzero(as_tuple=True)  # (P,) each
+    probability = predictions.class_logits[image_index, location].float().sigmoid().amax(1)  # (P,)
+    score = probability * predictions.centerness[image_index, location].float().sigmoid()
+    target_index = targets.target_index[image_index, location]
+    kept = share_evenly(image_index, target_index, score, len(targets.target_index), max_samples)
+    return image_index[kept], location[kept]
 
 
 def fcos_losses(predictions: DensePredictions, targets: DenseTargets) -> dict[str, Tensor]:
@@ -205,20 +201,23 @@ def fcos_losses(predictions: DensePredictions, targets: DenseTargets) -> dict[st
         `loss_classification`, `loss_box`, `loss_centerness`: scalars, over the number of positives.
     """
     num_classes = predictions.class_logits.shape[-1]
-    positive = (targets.target_index >= 0).nonzero(as_tuple=True)  # image and location, (M,) each
-    count = max(len(positive[0]), 1)
+    positive = (targets.target_index >= 0).nonzero(as_tuple=True)  # image index and location, (P,) each
     one_hot = F.one_hot(targets.labels, num_classes + 1)[..., :num_classes].float()  # (B, L, C)
     focal = sigmoid_focal_loss(predictions.class_logits.float(), one_hot, reduction="sum")
 
-    wanted = targets.distances[positive]  # (M, 4)
-    center_wanted = centerness_of(wanted)  # (M,)
-    giou = giou_loss(predictions.distances[positive].float(), wanted)  # (M,)
-    center_logits = predictions.centerness[positive].float()
-    center = F.binary_cross_entropy_with_logits(center_logits, center_wanted, reduction="sum")
+    distances = targets.distances[positive]  # (P, 4)
+    centerness = centerness_of(distances)  # (P,)
+    giou = giou_loss(predictions.distances[positive].float(), distances)  # (P,)
+    logits = predictions.centerness[positive].float()  # (P,)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, centerness, reduction="sum")
+
+    # Every process calls these, also without a positive location.
+    count = global_count((targets.target_index >= 0).sum(), minimum=1)
+    total_centerness = global_count(centerness.sum(), minimum=1e-6)
     return {
         "loss_classification": focal / count,
-        "loss_box": (giou * center_wanted).sum() / center_wanted.sum().clamp(min=1e-6),
-        "loss_centerness": center / count,
+        "loss_box": (giou * centerness).sum() / total_centerness,
+        "loss_centerness": cross_entropy / count,
     }
 
 
@@ -229,23 +228,23 @@ def centerness_of(distances: Tensor) -> Tensor:
     return ratio.sqrt()
 
 
-def giou_loss(distances: Tensor, wanted: Tensor) -> Tensor:
-    """1 − GIoU (CVPR 2019) of boxes round a common point, given by their distances to it.
+def giou_loss(distances: Tensor, targets: Tensor) -> Tensor:
+    """1 − GIoU (CVPR 2019) of boxes around a common point, given by their distances to it.
 
-    One square stride is added to intersection and union, as CondInst's released code does: it spares
+    One square stride is added to intersection and union, as in CondInst's released code, for the sake of
     objects smaller than a cell, for which torchvision's `generalized_box_iou_loss` is all or nothing.
 
     Args:
         distances: (M, 4) left, top, right, bottom, in strides, ≥ 0.
-        wanted: (M, 4), likewise.
+        targets: (M, 4), likewise.
 
     Returns:
         (M,) in [0, 2].
     """
-    intersection = _area(torch.minimum(distances, wanted))
-    union = _area(distances) + _area(wanted) - intersection
-    hull = _area(torch.maximum(distances, wanted))
-    return 1 - (intersection + 1) / (union + 1) + (hull - union) / hull.clamp(min=1e-7)
+    intersection = _area(torch.minimum(distances, targets))
+    union = _area(distances) + _area(targets) - intersection
+    enclosing = _area(torch.maximum(distances, targets))
+    return 1 - (intersection + 1) / (union + 1) + (enclosing - union) / enclosing.clamp(min=1e-7)
 
 
 def _area(distances: Tensor) -> Tensor:
@@ -262,7 +261,7 @@ class DenseDetections:
         scores: (K,) √(class · centerness).
         labels: (K,) int64.
         image_index: (K,) int64; images in order, best box first in each.
-        location: (K,) int64, where among the L locations the box comes from.
+        location: (K,) int64, that predicts the box, among the L locations.
     """
 
     boxes: Tensor
@@ -273,11 +272,9 @@ class DenseDetections:
 
 
 def select_detections(
-    predictions: DensePredictions,
-    locations: Locations,
-    image_sizes: Sequence[tuple[int, int]],
+    predictions: DensePredictions, locations: Locations, image_sizes: Sequence[Sequence[int]]
 ) -> DenseDetections:
-    """Boxes above the class threshold, without near duplicates of the same class and image.
+    """Boxes above the class threshold, after NMS within each class and image.
 
     Args:
         predictions: of B images at L locations.
@@ -297,16 +294,17 @@ def select_detections(
         entries.append(first * num_classes + entry)
         first += count
     score, entry = torch.cat(best, 1), torch.cat(entries, 1)  # (B, candidates)
-    image, place = (score > 0).nonzero(as_tuple=True)  # (K,) each
-    score, entry = score[image, place], entry[image, place]
+    image, rank = (score > 0).nonzero(as_tuple=True)  # (K,) each
+    score, entry = score[image, rank], entry[image, rank]
     location, label = entry // num_classes, entry % num_classes
     sides = predictions.distances[image, location].float() * locations.stride[location, None]
     center = locations.centers[location]
     boxes = torch.cat([center - sides[:, :2], center + sides[:, 2:]], 1)  # (K, 4)
     keep = suppress_in_groups(boxes, score, image * num_classes + label, _NMS_THRESHOLD)
-    boxes = _clip(boxes, image, image_sizes)
-    there = (boxes[keep, 2:] > boxes[keep, :2]).all(1)  # not wholly in the canvas's padding
-    keep = keep[(rank_in_group(image[keep], score[keep]) < _DETECTIONS_PER_IMAGE) & there]
+    sizes = torch.tensor(image_sizes, device=boxes.device, dtype=boxes.dtype)[image]  # (K, 2) height, width
+    boxes = boxes.clamp(min=0).minimum(sizes.flip(1).repeat(1, 2))
+    inside = (boxes[keep, 2:] > boxes[keep, :2]).all(1)  # not wholly in the padding
+    keep = keep[(rank_in_group(image[keep], score[keep]) < _DETECTIONS_PER_IMAGE) & inside]
     keep = keep[image[keep].argsort(stable=True)]
     return DenseDetections(boxes[keep], score[keep], label[keep], image[keep], location[keep])
 
@@ -317,24 +315,19 @@ def suppress_in_groups(boxes: Tensor, scores: Tensor, group: Tensor, threshold: 
     Args:
         boxes: (N, 4).
         scores: (N,).
-        group: (N,) int64; boxes of different groups leave one another alone.
-        threshold: a box goes if a better one of its group overlaps it with more than this IoU.
+        group: (N,) int64; boxes of different groups do not suppress one another.
+        threshold: IoU with a better box of the same group above which a box is removed.
 
     Returns:
-        (K,) int64, the boxes that stay, best first.
+        (K,) int64, the boxes that are kept, best first.
     """
     if not torch.compiler.is_compiling():
         return batched_nms(boxes, scores, group, threshold)
-    # batched_nms takes one of two ways by the number of boxes, which no trace knows. This is its way for few:
-    # each group in a square of its own. torchvision tells the tracer that at least two boxes stay, so two
-    # without area, which overlap none and come last, are added and taken away.
+    # batched_nms chooses between two implementations by the number of boxes, which no trace knows. This is
+    # the one for few: boxes of each group are moved to a square of their own. torchvision tells the tracer
+    # that at least two boxes are kept, so two without area, which overlap none and come last, are added and
+    # removed.
     padded = F.pad(boxes, (0, 0, 0, 2))  # (N + 2, 4)
     side = padded.max() - padded.min() + 1
-    shifted = padded + (F.pad(group, (0, 2)) * side)[:, None]
-    return nms(shifted, F.pad(scores, (0, 2), value=-math.inf), threshold)[:-2]
-
-
-def _clip(boxes: Tensor, image: Tensor, image_sizes: Sequence[tuple[int, int]]) -> Tensor:
-    sizes = torch.tensor(image_sizes, device=boxes.device, dtype=boxes.dtype)[image]  # (K, 2) h, w
-    limit = sizes.flip(1).repeat(1, 2)  # (K, 4)
-    return boxes.clamp(min=0).minimum(limit)
+    moved = padded + (F.pad(group, (0, 2)) * side)[:, None]
+    return nms(moved, F.pad(scores, (0, 2), value=-math.inf), threshold)[:-2]

@@ -1,4 +1,4 @@
-"""Which query is to predict which target: Hungarian matching, from boxes or from drawn masks."""
+"""Mask2Former's Hungarian matching of queries to targets, by boxes or by annotated masks."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from boxteacher.errors import InputError
-from boxteacher.targets import GridTargets
-from boxteacher_adapters.parts.extent import mask_extent
+from boxteacher.adapter import GridTargets, InputError
+from boxteacher_adapters.parts.maps import projection_boxes
 
 _CLASS_COST = 2.0
 _BOX_COST = 5.0
@@ -21,23 +20,19 @@ _DICE_COST = 5.0
 
 @dataclass(frozen=True)
 class MatchingTargets:
-    """The targets of B images in N slots each, where N is the greatest number in an image.
+    """The targets of B images in N slots each, where N is the maximum number of targets in an image.
 
     Attributes:
-        image_index: (T,) int64, the image of each target of the batch.
-        slot: (T,) int64, its slot there.
-        counts: targets of each image; the slots after them are blank.
+        slot: (T,) int64, the slot of each target of the batch; the slots after an image's own are blank.
         labels: (B, N) int64.
         boxes: (B, N, 4) in grid cells.
-        rows: (B, N, h) of {0., 1.}, the box's shadow on the grid's rows.
-        columns: (B, N, w), likewise.
+        rows: (B, N, h) of {0., 1.}, the box's projection onto the grid's rows.
+        columns: (B, N, w) of {0., 1.}, the box's projection onto the grid's columns.
         masks: (B, N, h, w) of {0., 1.}; None if no target has one.
         has_mask: (B, N) bool.
     """
 
-    image_index: Tensor
     slot: Tensor
-    counts: tuple[int, ...]
     labels: Tensor
     boxes: Tensor
     rows: Tensor
@@ -53,22 +48,19 @@ def matching_targets(
 
     Args:
         grid: T targets laid end to end.
-        counts: how many of them each image has.
+        counts: number of targets of each image.
         mask_stride: pixels per grid cell.
-        with_masks: whether any of them may have a drawn mask.
+        with_masks: whether any target may have an annotated mask.
     """
-    slots = max(counts)
     slot = torch.cat([torch.arange(count) for count in counts]).to(grid.boxes.device)  # (T,)
 
     def sorted_in(values: Tensor) -> Tensor:
-        table = values.new_zeros(len(counts), slots, *values.shape[1:])
+        table = values.new_zeros(len(counts), max(counts), *values.shape[1:])
         table[grid.image_index, slot] = values
         return table
 
     return MatchingTargets(
-        image_index=grid.image_index,
         slot=slot,
-        counts=tuple(counts),
         labels=sorted_in(grid.labels),
         boxes=sorted_in(grid.boxes.float() / mask_stride),
         rows=sorted_in(grid.box_masks.any(2).float()),
@@ -79,24 +71,25 @@ def matching_targets(
 
 
 def matching_cost(class_logits: Tensor, mask_logits: Tensor, targets: MatchingTargets) -> Tensor:
-    """What it costs a query to predict a target (B, Q, N).
+    """Cost of assigning each query to each target, (B, Q, N).
 
-    A target with a drawn mask costs 2 · class + 5 · cross-entropy + 5 · Dice (Mask2Former, CVPR 2022, Sec.
-    4.1), here over the whole grid. One that has a box alone costs 2 · class + 5 · box + 5 · projection: the
-    L1 distance between the box and the predicted mask's extent in fractions of the canvas (as DETR's), and
-    the Dice distance between their max-projections, added over both axes (BoxInst, CVPR 2021, Eq. 3).
+    A target with an annotated mask costs 2 · class + 5 · cross-entropy + 5 · Dice (Mask2Former, CVPR 2022,
+    Sec. 4.1), here over the whole grid. One that has a box alone costs 2 · class + 5 · box + 5 · projection:
+    the L1 distance between the box and the predicted mask's extent in fractions of the padded batch's size
+    (as DETR's), and the Dice distance between their max-projections, added over both axes (BoxInst, CVPR
+    2021, Eq. 3).
 
     Args:
         class_logits: (B, Q, C + 1).
         mask_logits: (B, Q, h, w).
-        targets: of the B images.
+        targets: targets of the B images.
     """
     labels = targets.labels[:, None].expand(-1, class_logits.shape[1], -1)  # (B, Q, N)
     cost = -_CLASS_COST * class_logits.float().softmax(-1).gather(2, labels)
     logits = mask_logits.float()
     probability = logits.sigmoid()  # (B, Q, h, w)
     rows, columns = probability.amax(3), probability.amax(2)  # (B, Q, h), (B, Q, w)
-    extent = mask_extent(*(shadow > shadow.amax(2, keepdim=True) / 2 for shadow in (rows, columns)))
+    extent = projection_boxes(*(each > each.amax(2, keepdim=True) / 2 for each in (rows, columns)))
     size = extent.new_tensor([logits.shape[3], logits.shape[2]]).repeat(2)  # (4,)
     box = torch.cdist(extent / size, targets.boxes / size, p=1)  # (B, Q, N)
     projection = _dice(rows, targets.rows) + _dice(columns, targets.columns)  # (B, Q, N)
@@ -119,14 +112,14 @@ def _dice(probability: Tensor, truth: Tensor) -> Tensor:
 
 
 def assign(costs: Tensor, counts: Sequence[int]) -> Tensor:
-    """The query of each target that makes the sum of costs least, no query having two.
+    """The queries of the targets with the minimum sum of costs, each query for one target at most.
 
-    The device is waited for once: the costs of all images and rounds come over together, and the
+    Synchronizes with the device once: the costs of all images and decoder layers are moved together, and the
     assignment is found on the CPU.
 
     Args:
-        costs: (R, B, Q, N) of R rounds; slots after an image's own targets are not looked at.
-        counts: targets of each image, at most Q.
+        costs: (R, B, Q, N) of R decoder layers; slots after an image's own targets are ignored.
+        counts: number of targets of each image, at most Q.
 
     Returns:
         (R, T) int64, the targets of all images laid end to end.
@@ -142,11 +135,11 @@ def assign(costs: Tensor, counts: Sequence[int]) -> Tensor:
 
     # A network that has diverged gets some assignment, so that its loss is what is reported.
     table = costs.detach().nan_to_num().cpu().numpy()
-    rounds = []
-    for round_costs in table:
-        chosen = [
+    layers = []
+    for layer_costs in table:
+        queries = [
             torch.from_numpy(linear_sum_assignment(cost[:, :count].T)[1])
-            for cost, count in zip(round_costs, counts, strict=True)
+            for cost, count in zip(layer_costs, counts, strict=True)
         ]
-        rounds.append(torch.cat(chosen))
-    return torch.stack(rounds).to(costs.device)
+        layers.append(torch.cat(queries))
+    return torch.stack(layers).to(costs.device)

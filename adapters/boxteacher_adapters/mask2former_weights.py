@@ -1,4 +1,4 @@
-"""Weights of `transformers`' Mask2Former, into this one."""
+"""Weights of `transformers`' Mask2Former, loaded into this one."""
 
 import logging
 import re
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from boxteacher.errors import InputError
+from boxteacher.adapter import InputError, compare_states
 from boxteacher_adapters.mask2former import Mask2Former
 
 logger = logging.getLogger(__name__)
 
 _BACKBONE = "model.pixel_level_module.encoder."
-_RENAMED = (  # applied one after another, each to the whole name
+_RENAMED = (  # applied one after another
     (r"^model\.pixel_level_module\.decoder\.encoder\.", "pixel_decoder."),
     (r"^model\.pixel_level_module\.decoder\.", "pixel_decoder."),
     (r"^model\.transformer_module\.decoder\.", "decoder."),
@@ -54,17 +54,18 @@ _RENAMED_RESNET = (
 
 
 def load_transformers_weights(model: Mask2Former, state: Mapping[str, Tensor]) -> None:
-    """Moves the weights of a `Mask2FormerForUniversalSegmentation` into a `Mask2Former` of the same sizes.
+    """Loads the weights of a `Mask2FormerForUniversalSegmentation` into a `Mask2Former` of the same sizes.
 
-    A ResNet backbone is moved into torchvision's; any other is left as it is in `model`, which is logged.
+    A ResNet backbone's weights are loaded into torchvision's; the backbone of `model` is left unchanged if it
+    is any other, which is logged.
 
     Args:
-        model: with as many classes, channels, queries and layers as the weights (`decoder_layers` there
-            counts one more than here).
-        state: that model's `state_dict()`.
+        model: network with as many classes, channels, queries and layers as the weights (`decoder_layers`
+            there counts one more than here).
+        state: the other network's `state_dict()`.
 
     Raises:
-        InputError: the weights have not the model's sizes; it names an entry.
+        InputError: an entry is missing, unknown or of another shape; the message names it.
     """
     moved = {
         _renamed(name, _RENAMED): value
@@ -92,7 +93,7 @@ def _renamed(name: str, rules: tuple[tuple[str, object], ...]) -> str:
 
 
 def _with_joined_projections(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Torch's attention keeps the projections of queries, keys and values in one matrix."""
+    """Entries with the projections of queries, keys and values in one matrix, as in torch's attention."""
     joined = {name: value for name, value in state.items() if not re.search(r"\.[qkv]_proj\.", name)}
     for name in state:
         if ".q_proj." in name:
@@ -103,11 +104,9 @@ def _with_joined_projections(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _load(model: Mask2Former, moved: dict[str, Tensor], kept: tuple[str, ...]) -> None:
     wanted = {name: value for name, value in model.state_dict().items() if not name.startswith(kept)}
-    for name in sorted(wanted.keys() | moved.keys()):
-        ours, theirs = (tuple(s[name].shape) if name in s else "nothing" for s in (wanted, moved))
-        if ours != theirs:
-            raise InputError(
-                f"{name}: the model has {ours}, the weights {theirs}: build Mask2Former with the weights' "
-                "classes, channels, queries and layers"
-            )
+    if difference := compare_states(wanted, moved):
+        raise InputError(
+            f"the weights do not fit the model, whose entries differ: {difference}; build Mask2Former with "
+            "the weights' classes, channels, queries and layers"
+        )
     model.load_state_dict(moved, strict=False)

@@ -1,4 +1,4 @@
-"""Mask R-CNN (ICCV 2017): torchvision's own model, as its user built it, taught masks from boxes."""
+"""Mask R-CNN (ICCV 2017): torchvision's own model, as its user built it."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -24,18 +24,28 @@ from torchvision.ops import (
 )
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from boxteacher.errors import InputError
-from boxteacher.grid import padded_size
-from boxteacher.precision import full_precision
-from boxteacher.protocol import Candidates, Detections, MaskPredictions, StudentOutput, Target
-from boxteacher.validation import check_labels
+from boxteacher.adapter import (
+    Candidates,
+    Detections,
+    InputError,
+    MaskGrid,
+    MaskPredictions,
+    Segmenter,
+    StudentOutput,
+    Target,
+    check_labels,
+    full_precision,
+    mask_grid,
+)
 from boxteacher_adapters.parts.backbones import Backbone, Weights, build_backbone
 from boxteacher_adapters.parts.grouping import share_evenly
-from boxteacher_adapters.parts.pasting import paste_on_grid
-from boxteacher_adapters.parts.preprocessing import Preprocessing
+from boxteacher_adapters.parts.pretrained import Preprocessing
 
-_FIRST_LOGIT = 2.0
-_LEVELS = ["0", "1", "2", "3"]  # torchvision's names of the maps that regions are read from
+OUTSIDE = -10.0
+"""Mask logit of the cells that a pasted mask does not reach."""
+
+_INITIAL_LOGIT = 2.0  # of every class's masks
+_LEVELS = ["0", "1", "2", "3"]  # torchvision's names of the maps that regions are pooled from
 
 
 @dataclass(frozen=True)
@@ -45,20 +55,20 @@ class _Inputs:
     scales: Tensor  # (B, 4) original pixels per resized pixel, of x, y, x, y
 
 
-class MaskRCNNProvider(nn.Module):
-    """Follows `PseudoMaskProvider` around a torchvision `MaskRCNN`, which it leaves as it is.
+class MaskRCNNProvider(Segmenter):
+    """A torchvision `MaskRCNN`, unchanged, behind `PseudoMaskProvider`.
 
-    Labels are the protocol's, 0 … C−1, on the way in and on the way out; torchvision's own begin at 1,
-    background being 0. The model's transform resizes as its user chose, at random in training if they chose
-    so; boxes and masks that leave here are those of the images that came.
+    Labels are 0 … C−1 here; torchvision's own begin at 1, background being 0. The model's transform resizes
+    images as its user chose, at random in training if they chose so; boxes and masks are returned in pixels
+    of the images as they were given. torchvision normalizes its four losses itself, in each process.
 
     Args:
-        model: torchvision's, with any backbone and weights.
-        max_samples: positive proposals per image whose masks are drawn in training; every target that has
-            a positive proposal keeps at least one.
+        model: torchvision's model, with any backbone and weights.
+        max_samples: maximum number of positive proposals per image whose masks are predicted in training;
+            every target that has a positive proposal keeps at least one.
 
     Raises:
-        InputError: the model's box predictor does not tell the number of classes.
+        InputError: the number of classes cannot be read from the model's box predictor.
     """
 
     mask_stride = 4
@@ -73,49 +83,41 @@ class MaskRCNNProvider(nn.Module):
                 "number of classes: name its classifier so, as torchvision's FastRCNNPredictor does"
             )
         self.model = model
+        self.num_classes = int(model.roi_heads.box_predictor.cls_score.out_features) - 1
         self.max_samples = max_samples
 
-    @property
-    def num_classes(self) -> int:
-        """C, without background."""
-        return int(self.model.roi_heads.box_predictor.cls_score.out_features) - 1
-
-    def forward(self, images: list[Tensor]) -> list[Detections]:
+    def detect(self, images: Sequence[Tensor]) -> list[Detections]:
         """torchvision's detections of images (3, H_i, W_i), with labels 0 … C−1."""
-        if self.training:
-            raise InputError(
-                "MaskRCNNProvider is trained through BoxTeacher, BoxSupervised or MaskSupervised: wrap it, "
-                "or call eval() to detect"
-            )
-        return [{**found, "labels": found["labels"] - 1} for found in self.model(images)]
+        return [{**found, "labels": found["labels"] - 1} for found in self.model(list(images))]
 
     def forward_teacher(self, images: list[Tensor]) -> Candidates:
-        """Detections as candidates; the mask head looks into the ground-truth boxes that they can win.
+        """Detections as candidates; masks are decoded in the ground-truth boxes they may be assigned to.
 
-        The model's own `box_score_thresh` and `box_detections_per_img` say which detections there are.
+        The model's own `box_score_thresh` and `box_detections_per_img` determine which detections there are.
         """
         inputs = self._inputs(images)
         heads, sizes = self.model.roi_heads, inputs.images.image_sizes
         proposals, _ = self._proposals(inputs)
         class_logits, regression = self._boxes(inputs, proposals)
         boxes, scores, labels = heads.postprocess_detections(class_logits, regression, proposals, sizes)
-        image = _image_index(boxes)  # (K,)
-        original = torch.cat(boxes) * inputs.scales[image]  # (K, 4)
+        image_index = _image_index(boxes)  # (K,)
+        original_boxes = torch.cat(boxes) * inputs.scales[image_index]  # (K, 4)
+        grid = mask_grid(images, self.mask_stride, self.size_divisor)
 
         def decode_masks(candidates: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
-            mine = image[candidates]
+            image = image_index[candidates]  # (M,)
             # A target's label may be out of range; forward_student, which comes after, says so.
             channels = labels.clamp(0, self.num_classes - 1) + 1
-            logits = self._mask_logits(inputs, boxes / inputs.scales[mine], mine, channels)
-            return self._pasted(logits, boxes, boxes, images)
+            logits = self._mask_logits(inputs, boxes / inputs.scales[image], image, channels)
+            return paste_on_grid(logits, boxes, boxes, grid)
 
-        return Candidates(original, torch.cat(scores), torch.cat(labels) - 1, image, decode_masks)
+        return Candidates(original_boxes, torch.cat(scores), torch.cat(labels) - 1, image_index, decode_masks)
 
     def forward_student(self, images: list[Tensor], targets: list[Target]) -> StudentOutput:
-        """torchvision's four losses, and the masks of positive proposals, `max_samples` per image at most.
+        """torchvision's four losses, and the masks of positive proposals, at most `max_samples` per image.
 
-        Boxes are cut to their image, and those without area teach nothing. Sampling proposals waits for
-        the device, as in torchvision.
+        Boxes are clipped to their image, and those without area are ignored. Sampling proposals synchronizes
+        with the device, as in torchvision.
         """
         check_labels(targets, self.num_classes)
         inputs = self._inputs(images)
@@ -126,22 +128,23 @@ class MaskRCNNProvider(nn.Module):
         class_logits, regression = self._boxes(inputs, proposals)
         loss_class, loss_box = fastrcnn_loss(class_logits, regression, labels, offsets)
 
-        image = _image_index(proposals)  # (P,)
+        image_index = _image_index(proposals)  # (P,)
         label, boxes = torch.cat(labels), torch.cat(proposals)  # (P,), (P, 4)
         # torchvision matches the proposals of an image without boxes, all background, with an index 0.
         target = torch.cat([F.pad(own, (0, 1))[m] for own, m in zip(kept, matched, strict=True)])  # (P,)
         sample = (label > 0).nonzero()[:, 0]  # (P',) the positive ones
-        original = boxes[sample] * inputs.scales[image[sample]]  # (P', 4)
-        wanted = torch.cat([each["boxes"] for each in targets])[target[sample]]  # (P', 4)
-        nearness = -generalized_box_iou_loss(original, wanted)  # (P',)
-        drawn = share_evenly(image[sample], target[sample], nearness, len(images), self.max_samples)
-        sample, original, wanted = sample[drawn], original[drawn], wanted[drawn]  # (M,), (M, 4), (M, 4)
-        logits = self._mask_logits(inputs, boxes[sample], image[sample], label[sample])
+        original = boxes[sample] * inputs.scales[image_index[sample]]  # (P', 4)
+        target_boxes = torch.cat([each["boxes"] for each in targets])[target[sample]]  # (P', 4)
+        overlap = -generalized_box_iou_loss(original, target_boxes)  # (P',) GIoU − 1
+        shared = share_evenly(image_index[sample], target[sample], overlap, len(images), self.max_samples)
+        sample, original, target_boxes = sample[shared], original[shared], target_boxes[shared]  # M of P'
+        logits = self._mask_logits(inputs, boxes[sample], image_index[sample], label[sample])  # (M, r, r)
         # A mask that ended with its proposal could not fill a box beyond it, and would learn to shrink.
         reach = torch.cat(
-            [original[:, :2].minimum(wanted[:, :2]), original[:, 2:].maximum(wanted[:, 2:])], 1
+            [original[:, :2].minimum(target_boxes[:, :2]), original[:, 2:].maximum(target_boxes[:, 2:])], 1
         )  # (M, 4)
-        masks = MaskPredictions(self._pasted(logits, original, reach, images), target[sample])
+        grid = mask_grid(images, self.mask_stride, self.size_divisor)
+        masks = MaskPredictions(paste_on_grid(logits, original, reach, grid), target[sample])
         return StudentOutput({**losses, "loss_classifier": loss_class, "loss_box_reg": loss_box}, [masks])
 
     def _inputs(self, images: Sequence[Tensor]) -> _Inputs:
@@ -174,7 +177,7 @@ class MaskRCNNProvider(nn.Module):
     def _mask_logits(self, inputs: _Inputs, boxes: Tensor, image: Tensor, label: Tensor) -> Tensor:
         """Mask logits (M, r, r) of resized boxes (M, 4) for torchvision's labels (M,)."""
         heads = self.model.roi_heads
-        order = image.argsort(stable=True)  # the pooling wants each image's boxes together
+        order = image.argsort(stable=True)  # the pooling takes each image's boxes together
         counts = torch.bincount(image, minlength=len(inputs.scales)).tolist()
         pooled = heads.mask_roi_pool(
             inputs.features, list(boxes[order].split(counts)), inputs.images.image_sizes
@@ -183,9 +186,47 @@ class MaskRCNNProvider(nn.Module):
         logits = logits[torch.arange(len(order), device=order.device), label[order]]
         return logits[order.argsort()]
 
-    def _pasted(self, logits: Tensor, boxes: Tensor, reach: Tensor, images: Sequence[Tensor]) -> Tensor:
-        """Logits (M, r, r) of boxes (M, 4), on the mask grid (M, H / 4, W / 4) as far as `reach` (M, 4)."""
-        return paste_on_grid(logits, boxes, reach, padded_size(images, self.size_divisor), self.mask_stride)
+
+def paste_on_grid(logits: Tensor, boxes: Tensor, reach: Tensor, grid: MaskGrid) -> Tensor:
+    """Bilinear pasting of box-aligned mask logits onto the mask grid, differentiable in `logits`.
+
+    A box's sides are the outer sides of its map; beyond the centers of the outermost cells their values are
+    repeated to the end of `reach`. Grid cells whose pixel lies beyond that are `OUTSIDE`.
+
+    Args:
+        logits: (M, r, r) that fill the boxes.
+        boxes: (M, 4) `x0, y0, x1, y1` in pixels.
+        reach: (M, 4) `x0, y0, x1, y1` in pixels, around the boxes or equal to them.
+        grid: mask grid of the batch.
+
+    Returns:
+        (M, h, w).
+    """
+    rows, columns = grid.coordinates(logits.device)  # (h,), (w,)
+    size = logits.shape[-1]
+    row_weights = _bilinear_weights(boxes[:, 1::2], reach[:, 1::2], rows, size)  # (M, h, r)
+    column_weights = _bilinear_weights(boxes[:, 0::2], reach[:, 0::2], columns, size)  # (M, w, r)
+    pasted = row_weights @ logits.to(boxes.dtype) @ column_weights.transpose(1, 2)  # (M, h, w)
+    inside = (row_weights.sum(2)[:, :, None] * column_weights.sum(2)[:, None]) > 0
+    return torch.where(inside, pasted, OUTSIDE)
+
+
+def _bilinear_weights(span: Tensor, reach: Tensor, pixels: Tensor, size: int) -> Tensor:
+    """Weights (M, n, size) of a map's cells at pixels along one axis; 0 beyond `reach`.
+
+    Args:
+        span: (M, 2) start and end of the map in pixels.
+        reach: (M, 2) start and end of the pixels with weights.
+        pixels: (n,) int64.
+        size: number of the map's cells.
+    """
+    center = pixels + 0.5  # (n,)
+    start, end = span.split(1, 1)  # (M, 1) each
+    position = (center - start) / (end - start).clamp(min=1e-6) * size - 0.5  # (M, n) in cells of the map
+    inside = (center >= reach[:, :1]) & (center <= reach[:, 1:])  # (M, n)
+    cell = torch.arange(size, device=span.device)
+    weights = (1 - (position.clamp(0, size - 1)[..., None] - cell).abs()).clamp(min=0)  # (M, n, size)
+    return weights * inside[..., None]
 
 
 def _image_index(boxes: Sequence[Tensor]) -> Tensor:
@@ -197,7 +238,7 @@ def _image_index(boxes: Sequence[Tensor]) -> Tensor:
 def _resized_targets(
     targets: Sequence[Target], scales: Tensor, sizes: Sequence[tuple[int, int]]
 ) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
-    """Targets as torchvision wants them, in resized pixels, and which of the batch's targets they are.
+    """Targets as torchvision takes them, in resized pixels, and their indices among the batch's targets.
 
     Boxes without area are left out: they match no anchor, so that torchvision would match them with all.
     """
@@ -206,7 +247,7 @@ def _resized_targets(
     for target, scale, size in zip(targets, scales, sizes, strict=True):
         boxes = clip_boxes_to_image(target["boxes"].float() / scale, size)  # (N, 4)
         own = remove_small_boxes(boxes, 1e-3)  # (N',)
-        # torchvision asks for the key `masks` where there is a mask head; its losses alone read them.
+        # torchvision requires the key `masks` with a mask head; only its mask loss, unused here, reads them.
         found.append({"boxes": boxes[own], "labels": target["labels"][own] + 1, "masks": boxes[own]})
         kept.append(first + own)
         first += len(boxes)
@@ -214,7 +255,7 @@ def _resized_targets(
 
 
 class _Pyramid(nn.Module):
-    """A backbone with a feature pyramid of strides 4 to 64, as torchvision's detectors want it."""
+    """A backbone with a feature pyramid of strides 4 to 64, as torchvision's detectors take it."""
 
     def __init__(self, backbone: Backbone, channels: int) -> None:
         super().__init__()
@@ -223,12 +264,12 @@ class _Pyramid(nn.Module):
         self.out_channels = channels
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images (B, 3, H, W) to maps (B, channels, h_i, w_i)."""
+        """Normalized images (B, 3, H, W) to maps (B, channels, h_i, w_i)."""
         return self.fpn(OrderedDict(zip(_LEVELS, self.body(images), strict=True)))
 
 
 class _Unresized(GeneralizedRCNNTransform):  # type: ignore[misc]
-    """Leaves the size of images to the data loader, and gives the backbone its own channels and scale."""
+    """A transform that keeps the images' size and normalizes them as the backbone's weights require."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         mean, std = list(preprocessing.mean), list(preprocessing.std)
@@ -242,19 +283,6 @@ class _Unresized(GeneralizedRCNNTransform):  # type: ignore[misc]
         return image, target
 
 
-def _begin_filled(mask_logits: nn.Module) -> None:
-    """Lets every class's masks begin as their filled boxes.
-
-    An outline casts the same shadow as an object, and cells on an edge have no neighbor of like colour.
-    torchvision's wide first weights make the strongest edges the first masks; a class that ends as outlines
-    in this way stays so under boxes alone.
-    """
-    assert isinstance(mask_logits, nn.Conv2d)
-    assert mask_logits.bias is not None
-    nn.init.normal_(mask_logits.weight, std=0.01)
-    nn.init.constant_(mask_logits.bias, _FIRST_LOGIT)
-
-
 def build_mask_rcnn(
     num_classes: int,
     *,
@@ -263,23 +291,24 @@ def build_mask_rcnn(
     image_size: int = 1333,
     mask_samples: int | None = None,
 ) -> MaskRCNNProvider:
-    """Mask R-CNN on a feature pyramid as torchvision has it, or, for images of at most 512 pixels, smaller.
+    """Mask R-CNN on a feature pyramid as in torchvision, or, for images of at most 512 pixels, smaller.
 
     The small one has 128 channels in the pyramid instead of 256, 256 in the box head instead of 1024, 64 in
     the mask head instead of 256, anchors of half the size, keeps 500 proposals per image in training and 300
     in evaluation instead of 2000 and 1000, samples 64 of them instead of 512, a quarter of those at most for
-    masks, and reads the features at one point per cell of a region instead of four. Images keep the size
-    that they come with. Masks begin as filled boxes, which learning from boxes alone needs.
+    masks, and pools the features at one point per cell of a region instead of four. Images are not
+    resized. Masks begin as filled boxes, which learning from boxes alone requires.
 
     Args:
         num_classes: C, without background.
-        backbone: see `build_backbone`.
-        weights: of the backbone; see `build_backbone`.
+        backbone: name of the backbone; see `build_backbone`.
+        weights: weights of the backbone; see `build_backbone`.
         image_size: longest side of the images in pixels.
-        mask_samples: `max_samples` of `MaskRCNNProvider`; by default 64, or 16 in the small one.
+        mask_samples: maximum number of masks per image in training, `max_samples` of `MaskRCNNProvider`; 64,
+            or 16 in the small one, if not given.
 
     Raises:
-        InputError: no such backbone, or its weights cannot be had or do not fit.
+        InputError: the backbone is unknown, or its weights cannot be had or do not fit.
     """
     body = build_backbone(backbone, weights, strides=(4, 8, 16, 32))
     small = image_size <= 512
@@ -301,7 +330,12 @@ def build_mask_rcnn(
         mask_predictor=MaskRCNNPredictor(mask_channels, mask_channels, num_classes + 1),
     )
     model.transform = _Unresized(body.preprocessing)
-    _begin_filled(model.roi_heads.mask_predictor.mask_fcn_logits)
+    # Masks begin as filled boxes. An outline has the same projections as an object, and cells on an edge have
+    # no neighbor of similar color; torchvision's wide initial weights make the strongest edges the first
+    # masks, and a class that has become outlines stays so under boxes alone.
+    mask_logits = model.roi_heads.mask_predictor.mask_fcn_logits
+    nn.init.normal_(mask_logits.weight, std=0.01)
+    nn.init.constant_(mask_logits.bias, _INITIAL_LOGIT)
     if mask_samples is None:
         mask_samples = 16 if small else 64
     return MaskRCNNProvider(model, max_samples=mask_samples)

@@ -1,32 +1,46 @@
-"""SOLOv2 (NeurIPS 2020): grid cells that predict a class and the kernel that draws their object's mask."""
+"""SOLOv2 (NeurIPS 2020): grid cells that predict a class and the kernel that decodes their object's mask."""
 
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from boxteacher.errors import InputError
-from boxteacher.grid import pad_images
-from boxteacher.protocol import Candidates, Detections, MaskPredictions, StudentOutput, Target
-from boxteacher.validation import check_labels
+from boxteacher.adapter import (
+    Candidates,
+    Detections,
+    MaskPredictions,
+    Segmenter,
+    StudentOutput,
+    Target,
+    check_labels,
+    pad_images,
+)
 from boxteacher_adapters.parts.backbones import Backbone, Weights, build_backbone
-from boxteacher_adapters.parts.coordinates import append_coordinates, centers_to_grid
-from boxteacher_adapters.parts.extent import mask_extent
-from boxteacher_adapters.solov2_masks import Objects, Selection, by_cell, draw_masks, select_objects
-from boxteacher_adapters.solov2_targets import category_loss, grid_cells, match_cells, select_samples
+from boxteacher_adapters.parts.maps import flatten_levels, mask_boxes, mask_boxes_in_images
+from boxteacher_adapters.solov2_masks import (
+    Objects,
+    Selection,
+    centers_to_grid,
+    predict_masks,
+    select_objects,
+)
+from boxteacher_adapters.solov2_targets import category_loss, grid_cells, match_cells, sample_positives
 
 SIZE_RANGES = ((1, 96), (48, 192), (96, 384), (192, 768), (384, math.inf))
-"""√area in pixels of the boxes that each level is there for, in images of 1333 pixels."""
+"""Minimum and maximum √area in pixels of the boxes of each level, in images of 1333 pixels."""
 
-_DETECTION = Selection(least_probability=0.1, most_cells=math.inf, most_entries=500, least_score=0.05)
+_CLASS_PRIOR = 0.01  # initial probability of every class (RetinaNet, ICCV 2017, Sec. 4.1)
+_DETECTION = Selection(min_probability=0.1, max_cells=math.inf, max_entries=500, min_score=0.05)
 # A teacher proposes from the first step on: whether its masks are any good is for the core to judge.
-_PROPOSAL = Selection(least_probability=0.0, most_cells=200, most_entries=200, least_score=0.0)
+_PROPOSAL = Selection(min_probability=0.0, max_cells=200, max_entries=200, min_score=0.0)
 
 
 @dataclass(frozen=True)
@@ -36,23 +50,23 @@ class _Features:
     mask_features: Tensor  # (B, E, H / 4, W / 4)
 
 
-class SOLOv2(nn.Module):
+class SOLOv2(Segmenter):
     """SOLOv2 on a feature pyramid P2 to P6; follows `PseudoMaskProvider`.
 
-    Args:
-        backbone: maps of strides 4, 8, 16 and 32.
-        num_classes: C; labels are 0 … C−1.
-        channels: of the pyramid.
-        head_channels: of the category and kernel towers.
-        num_convs: convolutions per tower.
-        mask_channels: of the mask branch.
-        num_kernels: E, of the mask features that a kernel weighs.
-        grids: cells per side of each level's grid.
-        size_ranges: √area in pixels of the smallest and the largest box that each level is there for.
-        max_samples: positive cells per image whose masks are drawn in training; every target that has a
-            positive cell keeps at least one.
+    All numbers of channels are multiples of 32, as group norm requires.
 
-    All numbers of channels, and `num_kernels`, are multiples of 32, as group norm wants.
+    Args:
+        backbone: backbone with maps of strides 4, 8, 16 and 32.
+        num_classes: C; labels are 0 … C−1.
+        channels: number of channels of the pyramid.
+        head_channels: number of channels of the category and kernel towers.
+        num_convs: number of convolutions per tower.
+        mask_channels: number of channels of the mask branch.
+        num_kernels: E, number of channels of the mask features and of a kernel.
+        grids: numbers of cells per side of each level's grid.
+        size_ranges: minimum and maximum √area in pixels of the boxes of each level.
+        max_samples: maximum number of positive cells per image whose masks are predicted in training; every
+            target that has a positive cell keeps at least one.
     """
 
     mask_stride = 4
@@ -82,13 +96,8 @@ class SOLOv2(nn.Module):
         self.head = SOLOv2Head(channels, num_classes, head_channels, num_convs, num_kernels, grids)
         self.mask_branch = MaskBranch(channels, mask_channels, num_kernels)
 
-    def forward(self, images: list[Tensor]) -> list[Detections]:
+    def detect(self, images: Sequence[Tensor]) -> list[Detections]:
         """Detections of images (3, H_i, W_i), with mask probabilities (K, 1, H_i, W_i)."""
-        if self.training:
-            raise InputError(
-                "SOLOv2 is trained through BoxTeacher, BoxSupervised or MaskSupervised: wrap it, "
-                "or call eval() to detect"
-            )
         found = self._select(images, _DETECTION)
         return [
             _detections_of_image(found.only(found.image_index == i), image.shape[-2:])
@@ -96,14 +105,12 @@ class SOLOv2(nn.Module):
         ]
 
     def forward_teacher(self, images: list[Tensor]) -> Candidates:
-        """The best objects after matrix NMS, however low they score; their boxes are those of their masks."""
+        """The best objects after matrix NMS, whatever their scores; their boxes are those of their masks."""
         found = self._select(images, _PROPOSAL)
         sizes = torch.tensor([image.shape[-2:] for image in images], device=found.logits.device)  # (B, 2)
-        masks = (found.logits > 0) & self._inside(sizes, found.logits)[found.image_index]  # (K, h, w)
-        there = masks.flatten(1).any(1).nonzero()[:, 0]  # not wholly in the canvas's padding
-        found, masks = found.only(there), masks[there]
-        limit = sizes.flip(1).repeat(1, 2)[found.image_index]  # (K, 4)
-        boxes = (mask_extent(masks.any(2), masks.any(1)) * self.mask_stride).minimum(limit)
+        boxes = mask_boxes_in_images(found.logits > 0, sizes[found.image_index], self.mask_stride)  # (K, 4)
+        inside = (boxes[:, 2] > boxes[:, 0]).nonzero()[:, 0]  # not wholly in the padding
+        found, boxes = found.only(inside), boxes[inside]
 
         def decode_masks(candidates: Tensor, _boxes: Tensor, _labels: Tensor) -> Tensor:
             return centers_to_grid(found.logits[candidates], self.mask_stride)
@@ -111,54 +118,47 @@ class SOLOv2(nn.Module):
         return Candidates(boxes, found.class_scores, found.labels, found.image_index, decode_masks)
 
     def forward_student(self, images: list[Tensor], targets: list[Target]) -> StudentOutput:
-        """The category loss, and the masks of positive cells, `max_samples` per image at most."""
+        """The category loss, and the masks of positive cells, at most `max_samples` per image."""
         check_labels(targets, self.num_classes)
         features = self._features(images)
-        logits = by_cell(features.category_maps)  # (B, S, C)
+        category_logits = flatten_levels(features.category_maps)  # (B, S, C)
         height, width = features.mask_features.shape[-2:]
         matches = match_cells(
-            grid_cells(self.grids, self.size_ranges, logits.device),
+            grid_cells(self.grids, self.size_ranges, category_logits.device),
             targets,
             (height * self.mask_stride, width * self.mask_stride),
             self.num_classes,
         )
-        target, cell = select_samples(matches, logits.detach().float().sigmoid(), self.max_samples)
-        image = matches.image_index[target]
-        drawn = draw_masks(features.mask_features, image, features.kernels[image, cell])  # (M, H / 4, W / 4)
-        masks = MaskPredictions(centers_to_grid(drawn, self.mask_stride), target)
-        return StudentOutput({"loss_category": category_loss(logits, matches.cell_labels)}, [masks])
+        target, cell = sample_positives(matches, category_logits, self.max_samples)  # (M,) each
+        image_index = matches.image_index[target]
+        kernels = features.kernels[image_index, cell]  # (M, E)
+        logits = predict_masks(features.mask_features, image_index, kernels)  # (M, H / 4, W / 4)
+        masks = MaskPredictions(centers_to_grid(logits, self.mask_stride), target)
+        return StudentOutput({"loss_category": category_loss(category_logits, matches.cell_labels)}, [masks])
 
     def _features(self, images: Sequence[Tensor]) -> _Features:
         batch = pad_images([self.backbone.normalize(image) for image in images], self.size_divisor)
         maps = self.backbone(batch)
         pyramid = list(self.fpn(OrderedDict(zip(("p2", "p3", "p4", "p5"), maps, strict=True))).values())
         category_maps, kernel_maps = self.head(pyramid)
-        return _Features(category_maps, by_cell(kernel_maps), self.mask_branch(pyramid[:4]))
+        return _Features(category_maps, flatten_levels(kernel_maps), self.mask_branch(pyramid[:4]))
 
     def _select(self, images: Sequence[Tensor], selection: Selection) -> Objects:
         features = self._features(images)
         return select_objects(features.category_maps, features.kernels, features.mask_features, selection)
-
-    def _inside(self, sizes: Tensor, maps: Tensor) -> Tensor:
-        """(B, h, w) bool: the cell begins in the image of that height and width, not in the padding."""
-        height, width = maps.shape[-2:]
-        rows = torch.arange(height, device=maps.device) * self.mask_stride
-        columns = torch.arange(width, device=maps.device) * self.mask_stride
-        return (rows < sizes[:, :1])[:, :, None] & (columns < sizes[:, 1:])[:, None, :]
 
 
 def _detections_of_image(found: Objects, size: Sequence[int]) -> Detections:
     probabilities = F.interpolate(
         found.logits.sigmoid()[:, None], scale_factor=SOLOv2.mask_stride, mode="bilinear"
     )[..., : size[0], : size[1]]  # (K, 1, H, W)
-    masks = probabilities[:, 0] > 0.5
-    there = masks.flatten(1).any(1).nonzero()[:, 0]  # not wholly in the canvas's padding
-    masks = masks[there]
+    boxes = mask_boxes(probabilities[:, 0] > 0.5)  # (K, 4)
+    inside = (boxes[:, 2] > boxes[:, 0]).nonzero()[:, 0]  # not wholly in the padding
     return {
-        "boxes": mask_extent(masks.any(2), masks.any(1)),
-        "labels": found.labels[there],
-        "scores": found.scores[there],
-        "masks": probabilities[there],
+        "boxes": boxes[inside],
+        "labels": found.labels[inside],
+        "scores": found.scores[inside],
+        "masks": probabilities[inside],
     }
 
 
@@ -166,12 +166,12 @@ class SOLOv2Head(nn.Module):
     """Two towers, shared by all levels, over the pyramid resampled to square grids.
 
     Args:
-        channels: of the pyramid.
+        channels: number of channels of the pyramid.
         num_classes: C.
-        head_channels: of the towers.
-        num_convs: convolutions per tower.
+        head_channels: number of channels of the towers.
+        num_convs: number of convolutions per tower.
         num_kernels: E.
-        grids: cells per side of each level's grid.
+        grids: numbers of cells per side of each level's grid.
     """
 
     def __init__(
@@ -189,15 +189,13 @@ class SOLOv2Head(nn.Module):
         self.kernel_tower = _tower(channels + 2, head_channels, num_convs)
         self.category = nn.Conv2d(head_channels, num_classes, 3, padding=1)
         self.kernel = nn.Conv2d(head_channels, num_kernels, 3, padding=1)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.01)
-        prior = 0.01  # of every class at first
-        nn.init.constant_(_bias(self.category), math.log(prior / (1 - prior)))
-        nn.init.zeros_(_bias(self.kernel))
+        _initialize(self)
+        prior_logit = math.log(_CLASS_PRIOR / (1 - _CLASS_PRIOR))
+        self.category.bias = nn.Parameter(torch.full((num_classes,), prior_logit))
+        self.kernel.bias = nn.Parameter(torch.zeros(num_kernels))
 
     def forward(self, pyramid: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Of P2 to P6: category logits (B, C, G_i, G_i) and kernels (B, E, G_i, G_i) of each level."""
+        """P2 to P6 to category logits (B, C, G_i, G_i) and kernels (B, E, G_i, G_i) of each level."""
         p2, p3, p4, p5, p6 = pyramid
         p2 = F.interpolate(p2, scale_factor=0.5, mode="bilinear")
         p6 = F.interpolate(p6, p5.shape[-2:], mode="bilinear")
@@ -210,56 +208,64 @@ class SOLOv2Head(nn.Module):
 
 
 class MaskBranch(nn.Module):
-    """The features that all masks of an image are drawn from, at stride 4 (SOLOv2, Sec. 3.2).
+    """The mask features that all masks of an image are decoded from, at stride 4 (SOLOv2, Sec. 3.2).
 
     Args:
-        in_channels: of P2 to P5.
-        channels: of the levels' sum.
+        in_channels: number of channels of P2 to P5.
+        channels: number of channels of the levels' sum.
         out_channels: E.
     """
 
     def __init__(self, in_channels: int, channels: int, out_channels: int) -> None:
         super().__init__()
         widths = (in_channels, in_channels, in_channels, in_channels + 2)  # P5 comes with its coordinates
-        self.levels = nn.ModuleList(
-            nn.ModuleList(
-                _conv_norm(width if i == 0 else channels, channels, 3) for i in range(max(level, 1))
-            )
-            for level, width in enumerate(widths)
-        )
-        self.out = _conv_norm(channels, out_channels, 1)
+        levels = [_conv_norms([width] + [channels] * max(i, 1)) for i, width in enumerate(widths)]
+        for block in chain(*levels[1:]):
+            block.append(nn.Upsample(scale_factor=2, mode="bilinear"))
+        self.levels = nn.ModuleList(nn.Sequential(*blocks) for blocks in levels)
+        self.out = Conv2dNormActivation(channels, out_channels, 1, norm_layer=_GROUP_NORM)
+        _initialize(self)
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
         """P2 to P5 (B, in_channels, h_i, w_i) to (B, out_channels, h_2, w_2)."""
         p2, p3, p4, p5 = levels
-        first, *deeper = self._blocks()
-        total = first[0](p2)
-        for blocks, features in zip(deeper, (p3, p4, append_coordinates(p5)), strict=True):
-            for block in blocks:
-                features = F.interpolate(block(features), scale_factor=2, mode="bilinear")
-            total = total + features
-        return self.out(total)
-
-    def _blocks(self) -> list[list[nn.Module]]:
-        return [[*blocks] for blocks in self.levels]  # type: ignore[misc]
+        inputs = (p2, p3, p4, append_coordinates(p5))
+        return self.out(sum(blocks(maps) for blocks, maps in zip(self.levels, inputs, strict=True)))
 
 
-def _conv_norm(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
-    nn.init.normal_(conv.weight, std=0.01)
-    return nn.Sequential(conv, nn.GroupNorm(32, out_channels), nn.ReLU(inplace=True))
+_GROUP_NORM = partial(nn.GroupNorm, 32)
+
+
+def _conv_norms(widths: Sequence[int]) -> list[nn.Sequential]:
+    """3 × 3 convolutions from each number of channels to the next, each with group norm and ReLU."""
+    return [Conv2dNormActivation(*pair, norm_layer=_GROUP_NORM) for pair in pairwise(widths)]
 
 
 def _tower(in_channels: int, channels: int, num_convs: int) -> nn.Sequential:
-    widths = [in_channels] + [channels] * num_convs
-    return nn.Sequential(
-        *(layer for i in range(num_convs) for layer in _conv_norm(widths[i], widths[i + 1], 3))
-    )
+    return nn.Sequential(*chain(*_conv_norms([in_channels] + [channels] * num_convs)))
 
 
-def _bias(conv: nn.Conv2d) -> Tensor:
-    assert conv.bias is not None
-    return conv.bias
+def _initialize(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.01)
+
+
+def append_coordinates(maps: Tensor) -> Tensor:
+    """Maps with two more channels: x, then y, from −1 in the first cell to 1 in the last (CoordConv, 2018).
+
+    Args:
+        maps: (N, C, h, w).
+
+    Returns:
+        (N, C + 2, h, w).
+    """
+    count, _, height, width = maps.shape
+    x = torch.linspace(-1, 1, width, device=maps.device, dtype=maps.dtype)
+    y = torch.linspace(-1, 1, height, device=maps.device, dtype=maps.dtype)
+    rows, columns = torch.meshgrid(y, x, indexing="ij")
+    coordinates = torch.stack([columns, rows])  # (2, h, w)
+    return torch.cat([maps, coordinates.expand(count, -1, -1, -1)], 1)
 
 
 def build_solov2(
@@ -270,21 +276,21 @@ def build_solov2(
     image_size: int = 1333,
     mask_samples: int = 64,
 ) -> SOLOv2:
-    """SOLOv2 as the paper has it, or, for images of at most 512 pixels, smaller and with coarser grids.
+    """SOLOv2 as in the paper, or, for images of at most 512 pixels, smaller and with coarser grids.
 
     The small one has a pyramid and towers of 128 channels instead of 256 and 512, two convolutions per tower
-    instead of four, a mask branch of 64 channels instead of 128 and as many kernels instead of 256, and
-    grids of half as many cells per side; its levels are there for boxes of the same share of the image.
+    instead of four, a mask branch of 64 channels instead of 128, 64 kernels instead of 256, and grids of half
+    as many cells per side; its levels take boxes of the same share of the image.
 
     Args:
         num_classes: C.
-        backbone: see `build_backbone`.
-        weights: of the backbone; see `build_backbone`.
+        backbone: name of the backbone; see `build_backbone`.
+        weights: weights of the backbone; see `build_backbone`.
         image_size: longest side of the images in pixels.
-        mask_samples: `max_samples` of `SOLOv2`.
+        mask_samples: maximum number of masks per image in training; `max_samples` of `SOLOv2`.
 
     Raises:
-        InputError: no such backbone, or its weights cannot be had or do not fit.
+        InputError: the backbone is unknown, or its weights cannot be had or do not fit.
     """
     body = build_backbone(backbone, weights, strides=(4, 8, 16, 32))
     if image_size > 512:
@@ -299,6 +305,6 @@ def build_solov2(
         mask_channels=64,
         num_kernels=64,
         grids=(20, 18, 12, 8, 6),
-        size_ranges=tuple((least * share, most * share) for least, most in SIZE_RANGES),
+        size_ranges=tuple((minimum * share, maximum * share) for minimum, maximum in SIZE_RANGES),
         max_samples=mask_samples,
     )

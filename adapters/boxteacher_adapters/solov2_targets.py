@@ -1,4 +1,4 @@
-"""SOLOv2's grids: which cells are to predict which target, and which of them draw its mask in training."""
+"""SOLOv2's targets: the class of each cell of the grids, and the cells whose masks are trained."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from boxteacher.protocol import Target
+from boxteacher.adapter import Target, flat_targets, global_count, num_processes
 from boxteacher_adapters.parts.grouping import share_evenly
 
-_CENTER_SIZE = 0.2  # of the box: the region round its centre whose cells are positive
+_CENTER_SIZE = 0.2  # side of a box's center region, whose cells are positive, in sides of the box
 
 
 @dataclass(frozen=True)
@@ -22,29 +22,29 @@ class GridCells:
         row: (S,) int64.
         column: (S,) int64.
         grid: (S,) int64, cells per side of the cell's level.
-        least_size: (S,) √area in pixels of the smallest box that the cell's level is there for.
-        most_size: (S,) and of the largest.
+        min_size: (S,) minimum √area in pixels of the boxes of the cell's level.
+        max_size: (S,) maximum, likewise.
     """
 
     row: Tensor
     column: Tensor
     grid: Tensor
-    least_size: Tensor
-    most_size: Tensor
+    min_size: Tensor
+    max_size: Tensor
 
 
 @dataclass(frozen=True)
 class GridMatches:
-    """What each cell is to predict.
+    """The target of each cell.
 
     Attributes:
-        hit: (T, S) bool, the cell is to draw the target's mask; T targets of the batch laid end to end.
+        positive: (T, S) bool, cells that predict the target's mask; T targets of the batch laid end to end.
         image_index: (T,) int64 of the targets.
         labels: (T,) int64 of the targets.
-        cell_labels: (B, S) int64, C for background. Where targets share a cell, the last one's.
+        cell_labels: (B, S) int64, C for background; where targets share a cell, the last one's.
     """
 
-    hit: Tensor
+    positive: Tensor
     image_index: Tensor
     labels: Tensor
     cell_labels: Tensor
@@ -62,50 +62,46 @@ def grid_cells(
 
     grid = of_cells(grids)
     index = torch.cat([torch.arange(grid * grid, device=device) for grid in grids])  # (S,) in its level
-    least, most = zip(*size_ranges, strict=True)
-    return GridCells(index // grid, index % grid, grid, of_cells(least), of_cells(most))
+    minima, maxima = zip(*size_ranges, strict=True)
+    return GridCells(index // grid, index % grid, grid, of_cells(minima), of_cells(maxima))
 
 
 def match_cells(
-    cells: GridCells, targets: Sequence[Target], canvas: tuple[int, int], num_classes: int
+    cells: GridCells, targets: Sequence[Target], padded_size: tuple[int, int], num_classes: int
 ) -> GridMatches:
-    """Gives each target the cells round its box's centre, on the levels that are there for its size.
+    """Assigns to each target the cells around its box's center, on the levels of its size.
 
-    The centre region is a fifth of the box, and at most a cell to each side of the centre's (SOLO, ECCV
-    2020, Sec. 3.3). The original takes the mask's centre of mass, which for a filled box is the box's.
+    The center region is a fifth of the box, and at most one cell to each side of the center's (SOLO, ECCV
+    2020, Sec. 3.3). The original takes the mask's center of mass, which for a filled box is the box's.
 
     Args:
         cells: S of them.
-        targets: of B images.
-        canvas: height and width in pixels that each grid is laid over.
+        targets: one per image.
+        padded_size: height and width in pixels of the padded batch, which each grid divides.
         num_classes: C, the label of background.
     """
-    device = cells.row.device
-    counts = torch.tensor([len(target["boxes"]) for target in targets], device=device)
-    boxes = torch.cat([target["boxes"] for target in targets]).float()  # (T, 4)
-    labels = torch.cat([target["labels"] for target in targets])  # (T,)
-    image_index = torch.arange(len(targets), device=device).repeat_interleave(counts, output_size=len(boxes))
-
+    boxes, labels, image_index = flat_targets(targets)  # (T, 4), (T,), (T,)
+    boxes = boxes.float()
     size = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0)  # (T, 2)
     root_area = size.prod(1).sqrt()[:, None]  # (T, 1)
     center = (boxes[:, :2] + boxes[:, 2:] - 1) / 2  # (T, 2) x, y of the middle pixel
     reach = size * (_CENTER_SIZE / 2)  # (T, 2)
-    hit = (
-        (root_area >= cells.least_size)
-        & (root_area <= cells.most_size)
-        & _near(cells.column, cells.grid, center[:, :1], reach[:, :1], canvas[1])
-        & _near(cells.row, cells.grid, center[:, 1:], reach[:, 1:], canvas[0])
+    positive = (
+        (root_area >= cells.min_size)
+        & (root_area <= cells.max_size)
+        & _near(cells.column, cells.grid, center[:, :1], reach[:, :1], padded_size[1])
+        & _near(cells.row, cells.grid, center[:, 1:], reach[:, 1:], padded_size[0])
     )  # (T, S)
 
-    order = torch.arange(len(boxes), device=device)[:, None]  # (T, 1)
-    last = torch.full((len(targets), len(cells.row)), -1, device=device).scatter_reduce(
-        0, image_index[:, None].expand_as(hit), torch.where(hit, order, -1), "amax"
-    )  # (B, S) target index, −1 for none: which finds the entry for background at the end
-    return GridMatches(hit, image_index, labels, F.pad(labels, (0, 1), value=num_classes)[last])
+    order = torch.arange(len(boxes), device=boxes.device)[:, None]  # (T, 1)
+    last = torch.full((len(targets), len(cells.row)), -1, device=boxes.device).scatter_reduce(
+        0, image_index[:, None].expand_as(positive), torch.where(positive, order, -1), "amax"
+    )  # (B, S) index of the last target; −1 for none, which finds background's label at the end
+    return GridMatches(positive, image_index, labels, F.pad(labels, (0, 1), value=num_classes)[last])
 
 
 def _near(cell: Tensor, grid: Tensor, center: Tensor, reach: Tensor, length: int) -> Tensor:
-    """(T, S): along one axis, the cell lies in the centre region and next to the centre's cell at most."""
+    """Cells in the center region, at most one from the center's cell along one axis: (T, S) bool."""
     cells_per_pixel = grid / length  # (S,)
     middle = (center * cells_per_pixel).floor()  # (T, S)
     first = ((center - reach) * cells_per_pixel).floor().maximum(middle - 1)
@@ -113,21 +109,22 @@ def _near(cell: Tensor, grid: Tensor, center: Tensor, reach: Tensor, length: int
     return (cell >= first) & (cell <= last)
 
 
-def select_samples(matches: GridMatches, probability: Tensor, max_samples: int) -> tuple[Tensor, Tensor]:
-    """Target and cell (M,) of the positives whose masks are drawn.
+@torch.no_grad()
+def sample_positives(matches: GridMatches, logits: Tensor, max_samples: int) -> tuple[Tensor, Tensor]:
+    """Target and cell (M,) of the positives whose masks are predicted in training.
 
-    Where an image has too many, its targets share the number evenly, each with the cells that are surest of
-    its class; every target that has a positive cell keeps at least one.
+    Where an image has more than `max_samples`, its targets share the number evenly, and the cells with the
+    highest probability of the target's class are kept; every target that has a positive cell keeps one.
 
     Args:
         matches: of T targets in B images.
-        probability: (B, S, C) of the classes.
-        max_samples: per image.
+        logits: (B, S, C) of the classes.
+        max_samples: maximum number per image.
     """
-    target, cell = matches.hit.nonzero(as_tuple=True)  # (P,) each
-    image = matches.image_index[target]
-    surety = probability[image, cell, matches.labels[target]]  # (P,)
-    kept = share_evenly(image, target, surety, len(matches.cell_labels), max_samples)
+    target, cell = matches.positive.nonzero(as_tuple=True)  # (P,) each
+    image_index = matches.image_index[target]
+    probability = logits[image_index, cell, matches.labels[target]].float().sigmoid()  # (P,)
+    kept = share_evenly(image_index, target, probability, len(matches.cell_labels), max_samples)
     return target[kept], cell[kept]
 
 
@@ -141,4 +138,4 @@ def category_loss(logits: Tensor, labels: Tensor) -> Tensor:
     num_classes = logits.shape[-1]
     one_hot = F.one_hot(labels, num_classes + 1)[..., :num_classes].float()  # (B, S, C)
     focal = sigmoid_focal_loss(logits.float(), one_hot, reduction="sum")
-    return focal / ((labels < num_classes).sum() + 1)
+    return focal / (global_count((labels < num_classes).sum()) + 1 / num_processes())

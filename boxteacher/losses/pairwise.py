@@ -80,7 +80,7 @@ def color_pairwise_loss(sums: Tensor, counts: Tensor) -> Tensor:
         sums: (M,) of the pair term over each mask's pairs.
         counts: (M,) of pairs.
     """
-    return sums.sum() / global_count(counts.sum()).clamp(min=1)
+    return sums.sum() / global_count(counts.sum(), minimum=1)
 
 
 def noise_reduced_affinity_loss(sums: Tensor, counts: Tensor, confidence: Tensor) -> Tensor:
@@ -95,4 +95,4 @@ def noise_reduced_affinity_loss(sums: Tensor, counts: Tensor, confidence: Tensor
         Scalar: the weighted sum over the number of masks with confidence > 0; 0 if there is none.
     """
     per_mask = sums / counts.clamp(min=1)  # (M,)
-    return (per_mask * confidence).sum() / global_count((confidence > 0).sum()).clamp(min=1)
+    return (per_mask * confidence).sum() / global_count((confidence > 0).sum(), minimum=1)

@@ -18,4 +18,4 @@ def noise_aware_pixel_loss(mask_logits: Tensor, pseudo_masks: Tensor, confidence
         Scalar: the weighted sum over the number of masks with confidence > 0; 0 if there is none.
     """
     per_mask = dice_loss(mask_logits.float().sigmoid(), pseudo_masks.float())  # (M,)
-    return (per_mask * confidence).sum() / global_count((confidence > 0).sum()).clamp(min=1)
+    return (per_mask * confidence).sum() / global_count((confidence > 0).sum(), minimum=1)

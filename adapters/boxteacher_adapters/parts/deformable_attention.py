@@ -7,17 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from boxteacher.precision import full_precision
+from boxteacher.adapter import full_precision
 
 
 class DeformableAttention(nn.Module):
-    """Each query looks at a few points round its own place on every level (Deformable DETR, Eq. 3).
+    """Attention of each query to a few points around its position on every level (Deformable DETR, Eq. 3).
 
     Args:
-        channels: of queries and maps, a multiple of `num_heads`.
-        num_levels: of the maps.
-        num_heads: that share the channels.
-        num_points: per head and level.
+        channels: number of channels of queries and maps, a multiple of `num_heads`.
+        num_levels: number of levels.
+        num_heads: number of heads that share the channels.
+        num_points: number of points per head and level.
     """
 
     def __init__(self, channels: int, num_levels: int, num_heads: int = 8, num_points: int = 4) -> None:
@@ -38,32 +38,32 @@ class DeformableAttention(nn.Module):
         self.offsets.bias = nn.Parameter(self._rays())
 
     def forward(
-        self, queries: Tensor, places: Tensor, tokens: Tensor, sizes: Sequence[tuple[int, int]]
+        self, queries: Tensor, centers: Tensor, tokens: Tensor, sizes: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """What the queries gather (B, N, channels).
+        """The attended values (B, N, channels).
 
         Args:
             queries: (B, N, channels).
-            places: (N, 2) x, y of each query, in fractions of the map's width and height.
+            centers: (N, 2) x, y of each query, in fractions of the map's width and height.
             tokens: (B, S, channels), the levels' cells in row-major order, one level after another.
             sizes: height and width of each level, S cells in all.
         """
         shape = (self.num_heads, self.num_levels, self.num_points)
-        with full_precision(queries.device):  # half precision would round the places
+        with full_precision(queries.device):  # half precision would round the points
             queries, tokens = queries.float(), tokens.float()
             offsets = self.offsets(queries).unflatten(-1, (*shape, 2))  # (B, N, heads, levels, points, 2)
             weights = self.weights(queries).unflatten(-1, (self.num_heads, -1)).softmax(-1)
             weights = weights.unflatten(-1, shape[1:])  # (B, N, heads, levels, points)
             values = self.values(tokens).unflatten(-1, (self.num_heads, -1))  # (B, S, heads, D)
-            gathered: Tensor | float = 0.0
+            attended: Tensor | float = 0.0
             levels = values.split([height * width for height, width in sizes], 1)
             for level, (cells, (height, width)) in enumerate(zip(levels, sizes, strict=True)):
-                extent = torch.tensor((width, height), device=places.device)
-                points = places[:, None, None] + offsets[:, :, :, level] / extent
-                gathered = gathered + _weighted_samples(
+                extent = torch.tensor((width, height), device=centers.device)
+                points = centers[:, None, None] + offsets[:, :, :, level] / extent
+                attended = attended + _weighted_samples(
                     cells.unflatten(1, (height, width)), points, weights[:, :, :, level]
                 )
-            return self.output(gathered)
+            return self.output(attended)
 
     def _rays(self) -> Tensor:
         """Offsets (heads · levels · points · 2) in cells: each head's points lie on a ray of its own."""
@@ -85,7 +85,7 @@ def _weighted_samples(maps: Tensor, points: Tensor, weights: Tensor) -> Tensor:
     """
     heads = maps.shape[3]
     maps = maps.permute(0, 3, 4, 1, 2).flatten(0, 1)  # (B · heads, D, h, w)
-    where = 2 * points.transpose(1, 2).flatten(0, 1) - 1  # (B · heads, N, points, 2)
-    samples = F.grid_sample(maps, where, align_corners=False)  # (B · heads, D, N, points)
+    grid = 2 * points.transpose(1, 2).flatten(0, 1) - 1  # (B · heads, N, points, 2)
+    samples = F.grid_sample(maps, grid, align_corners=False)  # (B · heads, D, N, points)
     total = (samples * weights.transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)  # (B · heads, D, N)
     return total.unflatten(0, (-1, heads)).flatten(1, 2).transpose(1, 2)

@@ -1,7 +1,7 @@
-"""Names of backbone weights in detectron2's, Caffe2's and Swin's own files, and torchvision's for the same.
+"""torchvision's names of the backbone weights in detectron2's, Caffe2's and Swin's own files.
 
-The layouts agree but for the names: torchvision merges Swin's patches in the original's order, and its
-deformable convolution has detectron2's order of offsets.
+Only the names differ: torchvision merges Swin's patches in the original's order, and its deformable
+convolution has detectron2's order of offsets.
 """
 
 import re
@@ -45,8 +45,8 @@ def resnet_name(key: str) -> str | None:
     """torchvision's name of an entry of detectron2's ResNet (`res4.3.conv2.norm.weight`) or Caffe2's
     (`res4_3_branch2b_bn_s`).
 
-    None where torchvision's has no such entry: the classifier, and a bias in the stem that is nearly zero
-    in Caffe2's files and that detectron2 leaves out too.
+    None for an entry that torchvision's lacks: the classifier, and a bias in the stem, which is nearly zero
+    in Caffe2's files and which detectron2 leaves out too.
     """
     match = _RESNET.fullmatch(_detectron2_spelling(key))
     if match is None:
@@ -75,8 +75,8 @@ def _detectron2_spelling(key: str) -> str:
 def swin_name(key: str) -> str | None:
     """torchvision's name of an entry of the original Swin (`layers.0.blocks.0.attn.qkv.weight`).
 
-    An output norm `norm2` of the original's detection networks is `norms.2`. None where torchvision has no
-    such entry or computes it itself: the classifier with its norm, attention masks, position indices.
+    An output norm `norm2` of the original's detection networks is `norms.2`. None for an entry that
+    torchvision's lacks or computes itself: the classifier with its norm, attention masks, position indices.
     """
     for pattern, name in _SWIN:
         match = pattern.fullmatch(key)
@@ -88,14 +88,14 @@ def swin_name(key: str) -> str | None:
 def in_torchvision_names(
     state: Mapping[str, Tensor], rename: Callable[[str], str | None]
 ) -> dict[str, Tensor]:
-    """A state dict under torchvision's names, which it may have already.
+    """A backbone's state dict under torchvision's names, which it may have already.
 
     A batch norm without statistics, as in Caffe2's files, is a scale and a shift: mean 0 and variance 1 − ε
     are added.
 
     Args:
-        state: of a backbone.
-        rename: `resnet_name` or `swin_name`.
+        state: state dict of a backbone.
+        rename: function from a name to torchvision's, `resnet_name` or `swin_name`.
     """
     renamed = {new: value for key, value in state.items() if (new := rename(key)) is not None}
     if not renamed:

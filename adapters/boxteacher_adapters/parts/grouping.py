@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def rank_in_group(group: Tensor, score: Tensor) -> Tensor:
-    """How many entries of an entry's own group have a higher score (ties: the earlier entry is higher).
+    """The number of entries of the same group with a higher score; of equal ones, the earlier is higher.
 
     Args:
         group: (N,) int64.
@@ -23,25 +23,27 @@ def rank_in_group(group: Tensor, score: Tensor) -> Tensor:
     return rank
 
 
-def share_evenly(image: Tensor, target: Tensor, score: Tensor, num_images: int, most: int) -> Tensor:
-    """Which samples have their masks drawn where an image must not have more than so many.
+def share_evenly(
+    image_index: Tensor, target_index: Tensor, score: Tensor, num_images: int, max_samples: int
+) -> Tensor:
+    """Samples that are kept where an image has more positive samples than `max_samples`.
 
-    An image that has too many gives each of its targets the same number, that target's best; a target
-    keeps at least one, even if an image has more targets than `most`.
+    Such an image keeps the same number of samples of each of its targets, those with the highest scores. A
+    target keeps at least one, even if an image has more targets than `max_samples`.
 
     Args:
-        image: (P,) int64 of each sample, in 0 … num_images − 1.
-        target: (P,) int64 of each sample; no two images share a target.
+        image_index: (P,) int64 of each sample, in 0 … num_images − 1.
+        target_index: (P,) int64 of each sample; no two images share a target.
         score: (P,), the higher the better.
         num_images: of the batch.
-        most: samples per image, at least 1.
+        max_samples: number of samples per image, at least 1.
 
     Returns:
-        (M,) int64 in rising order, M ≤ P.
+        (M,) int64 in ascending order, M ≤ P.
     """
-    rank = rank_in_group(target, score)  # (P,)
-    none = torch.zeros(num_images, dtype=torch.int64, device=image.device)
-    samples = none.index_add(0, image, torch.ones_like(image))  # (num_images,)
-    targets = none.index_add(0, image, (rank == 0).to(image))  # (num_images,) that have a sample
-    share = (most // targets.clamp(min=1)).clamp(min=1)
-    return ((samples <= most)[image] | (rank < share[image])).nonzero()[:, 0]
+    rank = rank_in_group(target_index, score)  # (P,)
+    zeros = torch.zeros(num_images, dtype=torch.int64, device=rank.device)
+    samples = zeros.index_add(0, image_index, torch.ones_like(rank))  # (num_images,)
+    targets = zeros.index_add(0, image_index, (rank == 0).to(rank))  # (num_images,) that have a sample
+    share = (max_samples // targets.clamp(min=1)).clamp(min=1)
+    return ((samples <= max_samples)[image_index] | (rank < share[image_index])).nonzero()[:, 0]

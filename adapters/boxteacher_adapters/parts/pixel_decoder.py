@@ -1,15 +1,16 @@
-"""Mask2Former's pixel decoder: maps of four strides that know of one another, and the features of masks."""
+"""Mask2Former's pixel decoder: attention between maps of several strides, and the mask features."""
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
 
 from boxteacher_adapters.parts.deformable_attention import DeformableAttention
-
-_GROUPS = 32  # of every group norm
+from boxteacher_adapters.parts.maps import flatten_levels
 
 
 class PixelDecoder(nn.Module):
@@ -18,19 +19,25 @@ class PixelDecoder(nn.Module):
     Mask2Former (CVPR 2022), Sec. 3.2.1 and 4.1.
 
     Args:
-        in_channels: of the backbone's maps of strides 4, 8, 16 and 32.
-        channels: of all that comes out, a multiple of 32.
-        num_layers: of deformable attention.
+        in_channels: numbers of channels of the backbone's maps of strides 4, 8, 16 and 32.
+        channels: number of channels of levels and mask features, a multiple of 32.
+        num_layers: number of layers of deformable attention.
     """
 
     def __init__(self, in_channels: Sequence[int], channels: int, num_layers: int) -> None:
         super().__init__()
         finest, *others = in_channels
-        self.projections = nn.ModuleList(_conv_norm(width, channels, 1) for width in reversed(others))
+        block = partial(
+            Conv2dNormActivation, norm_layer=partial(nn.GroupNorm, 32), activation_layer=None, bias=True
+        )
+        self.projections = nn.ModuleList(block(width, channels, 1) for width in reversed(others))
         self.level_embedding = nn.Parameter(torch.randn(len(others), channels))
         self.layers = nn.ModuleList(DeformableEncoderLayer(channels, len(others)) for _ in range(num_layers))
-        self.lateral = _conv_norm(finest, channels, 1, bias=False)
-        self.smooth = nn.Sequential(*_conv_norm(channels, channels, 3, bias=False), nn.ReLU(inplace=True))
+        self.lateral = block(finest, channels, 1, bias=False)
+        self.smooth = block(channels, channels, 3, bias=False, activation_layer=nn.ReLU)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
         self.mask_features = nn.Conv2d(channels, channels, 1)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -44,16 +51,16 @@ class PixelDecoder(nn.Module):
         projected = [project(x) for project, x in zip(self.projections, reversed(others), strict=True)]
         sizes = [(x.shape[-2], x.shape[-1]) for x in projected]
         channels, device = projected[0].shape[1], finest.device
-        tokens = torch.cat([by_token(x) for x in projected], 1)  # (B, S, channels)
+        tokens = flatten_levels(projected)  # (B, S, channels)
         position = torch.cat(
             [
                 sine_position_embedding(*size, channels, device) + level
                 for size, level in zip(sizes, self.level_embedding, strict=True)
             ]
         )  # (S, channels)
-        places = torch.cat([_cell_centers(*size, device) for size in sizes])  # (S, 2)
+        centers = torch.cat([_cell_centers(*size, device) for size in sizes])  # (S, 2)
         for layer in self.layers:
-            tokens = layer(tokens, position, places, sizes)
+            tokens = layer(tokens, position, centers, sizes)
         parts = tokens.split([height * width for height, width in sizes], 1)
         levels = [part.transpose(1, 2).unflatten(2, size) for part, size in zip(parts, sizes, strict=True)]
         enlarged = F.interpolate(levels[-1], finest.shape[-2:], mode="bilinear")
@@ -71,38 +78,26 @@ class DeformableEncoderLayer(nn.Module):
         self.feedforward_norm = nn.LayerNorm(channels)
 
     def forward(
-        self, tokens: Tensor, position: Tensor, places: Tensor, sizes: Sequence[tuple[int, int]]
+        self, tokens: Tensor, position: Tensor, centers: Tensor, sizes: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """Tokens (B, S, channels) to tokens; `position` is (S, channels), `places` (S, 2) x, y in [0, 1]."""
-        tokens = self.attention_norm(tokens + self.attention(tokens + position, places, tokens, sizes))
+        """Tokens (B, S, channels) to tokens; `position` is (S, channels), `centers` (S, 2) x, y in [0, 1]."""
+        tokens = self.attention_norm(tokens + self.attention(tokens + position, centers, tokens, sizes))
         return self.feedforward_norm(tokens + self.feedforward(tokens))
 
 
 def feedforward(channels: int, hidden: int) -> nn.Sequential:
-    """Two linear layers round a ReLU, with Xavier's weights."""
+    """Two linear layers with a ReLU between them, and Xavier initialization."""
     widen, narrow = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
     for layer in (widen, narrow):
         nn.init.xavier_uniform_(layer.weight)
     return nn.Sequential(widen, nn.ReLU(inplace=True), narrow)
 
 
-def _conv_norm(in_channels: int, channels: int, kernel_size: int, bias: bool = True) -> nn.Sequential:
-    conv = nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=bias)
-    nn.init.xavier_uniform_(conv.weight)
-    return nn.Sequential(conv, nn.GroupNorm(_GROUPS, channels))
-
-
-def by_token(maps: Tensor) -> Tensor:
-    """(B, D, h, w) to (B, h · w, D)."""
-    return maps.flatten(2).transpose(1, 2)
-
-
 def _cell_centers(height: int, width: int, device: torch.device) -> Tensor:
-    """x, y (h · w, 2) of each cell's middle in fractions of the map's width and height."""
+    """x, y (h · w, 2) of each cell's center in fractions of the map's width and height."""
     y = (torch.arange(height, device=device) + 0.5) / height
     x = (torch.arange(width, device=device) + 0.5) / width
-    rows, columns = torch.meshgrid(y, x, indexing="ij")
-    return torch.stack([columns, rows], -1).flatten(0, 1)
+    return torch.cartesian_prod(y, x).flip(1)
 
 
 def sine_position_embedding(height: int, width: int, channels: int, device: torch.device) -> Tensor:

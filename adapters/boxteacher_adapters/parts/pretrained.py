@@ -1,16 +1,15 @@
-"""A network, and its ImageNet weights: from a file, or downloaded once."""
+"""A network, its ImageNet weights (from a file, or downloaded once) and their preprocessing."""
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from boxteacher.errors import InputError
-from boxteacher_adapters.parts.preprocessing import Preprocessing
+from boxteacher.adapter import InputError, compare_states
 from boxteacher_adapters.parts.weight_files import read_weight_file
 
 logger = logging.getLogger(__name__)
@@ -19,18 +18,39 @@ Weights = Path | Literal["imagenet", "none"]
 
 
 @dataclass(frozen=True)
-class PretrainedNetwork:
-    """A network without its weights, and what is known of them.
+class Preprocessing:
+    """From an RGB image in [0, 1] to a network's input.
 
     Attributes:
-        network: maps images (B, 3, H, W) to one map per stride.
-        channels: of the maps.
-        preprocessing: that the weights were trained with.
-        early: what parameters' names begin with up to stride 4.
-        download: the ImageNet weights.
-        own_names: gives a file's or the download's entries the network's names.
-        left_over: what the names of entries begin with that the weights may hold beside the network's.
-        initial: parts of the names of entries that the weights may lack, which keep their initial values.
+        channel_order: order of the input's channels.
+        mean: mean of the channels in that order, in [0, 1].
+        std: standard deviation of the channels in that order, in [0, 1].
+    """
+
+    channel_order: Literal["RGB", "BGR"]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+IMAGENET = Preprocessing("RGB", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+# Caffe's networks subtract the mean from images in [0, 255] and leave their scale.
+CAFFE = Preprocessing("BGR", (103.53 / 255, 116.28 / 255, 123.675 / 255), (1 / 255, 1 / 255, 1 / 255))
+
+
+@dataclass(frozen=True)
+class PretrainedNetwork:
+    """A network, and how to fill it with weights.
+
+    Attributes:
+        network: network that maps images (B, 3, H, W) to one map per stride.
+        channels: numbers of channels of the maps.
+        preprocessing: preprocessing that the weights were trained with.
+        early: prefixes of the names of parameters up to stride 4.
+        download: function that returns the ImageNet weights.
+        own_names: function that renames a file's or the download's entries to the network's names.
+        left_over: prefixes of entries that the weights may hold beside the network's.
+        initial: parts of the names of entries that the weights may lack; these keep their initial values.
     """
 
     network: nn.Module
@@ -47,9 +67,9 @@ def load_weights(described: PretrainedNetwork, name: str, weights: Weights) -> N
     """Fills a network with weights from a file or with ImageNet's, which are downloaded once.
 
     Args:
-        described: the network.
-        name: of the backbone, for messages.
-        weights: a file's path or "imagenet".
+        described: network to fill.
+        name: name of the backbone, for messages.
+        weights: path of a file, or "imagenet".
 
     Raises:
         InputError: the weights cannot be had or do not fit.
@@ -57,17 +77,15 @@ def load_weights(described: PretrainedNetwork, name: str, weights: Weights) -> N
     state = read_weight_file(weights) if isinstance(weights, Path) else _downloaded(described, name)
     state = described.own_names(state)
     wanted = described.network.state_dict()
-    known = ("num_batches_tracked", *described.initial)
-    missing = [key for key in wanted if key not in state and not any(part in key for part in known)]
-    unknown = [key for key in state if key not in wanted and not key.startswith(described.left_over)]
-    unfit = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
-    if missing or unknown or unfit:
-        problem = (
-            f"{len(missing)} entries are missing, {len(unknown)} unknown and {len(unfit)} of another shape, "
-            f"such as {(missing + unknown + unfit)[0]}"
+    state = {k: v for k, v in state.items() if k in wanted or not k.startswith(described.left_over)}
+    initial = ("num_batches_tracked", *described.initial)
+    difference = compare_states(wanted, state, optional=lambda key: any(part in key for part in initial))
+    if difference:
+        raise InputError(
+            f"weights {weights} are not those of {name}, whose entries differ: {difference}; give the "
+            "backbone's own"
         )
-        raise InputError(f"weights {weights} are not those of {name}: {problem}; give the backbone's own")
-    described.network.load_state_dict({k: v for k, v in state.items() if k in wanted}, strict=False)
+    described.network.load_state_dict(state, strict=False)
     logger.info("loaded %s weights of %s", weights, name)
 
 
@@ -83,7 +101,7 @@ def _downloaded(described: PretrainedNetwork, name: str) -> dict[str, Tensor]:
 
 
 def weights_at(url: str) -> dict[str, Tensor]:
-    """The weights in a public file, which is kept in torch's download cache."""
+    """The weights in the file at a URL, which is kept in torch's download cache."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -92,12 +110,6 @@ def weights_at(url: str) -> dict[str, Tensor]:
         except OSError as error:
             raise OSError(f"{url} to {file}: {error}") from error
     return read_weight_file(file)
-
-
-def torchvision_weights(pretrained: Any) -> dict[str, Tensor]:
-    """The weights of one of torchvision's enumerations of weights."""
-    state: dict[str, Tensor] = pretrained.get_state_dict(progress=True)
-    return state
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""ResNets: torchvision's, and those that Caffe's ImageNet weights and the released BoxTeachers have."""
+"""ResNets: torchvision's, and those of Caffe's ImageNet weights and the released BoxTeachers."""
 
 from functools import partial
 from typing import Any
@@ -10,8 +10,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import DeformConv2d
 
 from boxteacher_adapters.parts.detectron2_names import in_torchvision_names, resnet_name
-from boxteacher_adapters.parts.preprocessing import CAFFE, IMAGENET
-from boxteacher_adapters.parts.pretrained import PretrainedNetwork, torchvision_weights, weights_at
+from boxteacher_adapters.parts.pretrained import CAFFE, IMAGENET, PretrainedNetwork, weights_at
 
 _MSRA = "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/MSRA"
 CAFFE_RESNETS = {
@@ -26,8 +25,8 @@ def torchvision_resnet(name: str, strides: tuple[int, ...]) -> PretrainedNetwork
     """One of torchvision's `resnet18` … `resnet152`.
 
     Args:
-        name: of the network.
-        strides: of the maps, among 4, 8, 16 and 32, in rising order.
+        name: name of the network.
+        strides: strides of the maps, among 4, 8, 16 and 32, in ascending order.
     """
     network = torchvision.models.get_model(name, weights=None)
     weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
@@ -35,22 +34,22 @@ def torchvision_resnet(name: str, strides: tuple[int, ...]) -> PretrainedNetwork
         *_maps(network, strides),
         IMAGENET,
         early=("conv1.", "bn1.", "layer1."),
-        download=partial(torchvision_weights, weights),
+        download=partial(weights.get_state_dict, progress=True),
         left_over=_beyond(strides),
     )
 
 
 def caffe_resnet(name: str, strides: tuple[int, ...]) -> PretrainedNetwork:
-    """A ResNet as the released BoxTeachers have it, for BGR images whose scale is left as it is.
+    """A ResNet as in the released BoxTeachers, for BGR images in [0, 255] without their mean.
 
-    `resnet50_caffe` and `resnet101_caffe` shrink maps in the first 1 × 1 convolution of a stage.
-    `resnet101_caffe_dcn` shrinks them in the 3 × 3 convolution, as torchvision does, and all 3 × 3
-    convolutions of its last three stages are deformable. Weights may have torchvision's, detectron2's or
-    Caffe2's names; those without offsets give a deformable network whose offsets begin at zero.
+    The first 1 × 1 convolution of a stage has the stride in `resnet50_caffe` and `resnet101_caffe`; in
+    `resnet101_caffe_dcn` the 3 × 3 convolution has it, as in torchvision, and all 3 × 3 convolutions of the
+    last three stages are deformable. Weights may have torchvision's, detectron2's or Caffe2's names; with
+    weights without offsets, the offsets of a deformable network begin at zero.
 
     Args:
-        name: of the network.
-        strides: of the maps, among 4, 8, 16 and 32, in rising order.
+        name: name of the network.
+        strides: strides of the maps, among 4, 8, 16 and 32, in ascending order.
     """
     architecture, url = CAFFE_RESNETS[name]
     network = torchvision.models.get_model(architecture, weights=None)
@@ -74,28 +73,23 @@ def caffe_resnet(name: str, strides: tuple[int, ...]) -> PretrainedNetwork:
 
 def _maps(network: Any, strides: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
     layers = [_LAYERS[stride] for stride in strides]
-    channels = tuple(_out_channels(getattr(network, layer)) for layer in layers)
+    channels = tuple(16 * stride * network.layer1[0].expansion for stride in strides)
     return IntermediateLayerGetter(network, {layer: layer for layer in layers}), channels
 
 
 def _beyond(strides: tuple[int, ...]) -> tuple[str, ...]:
-    """What entries' names begin with that the network of these maps does not need."""
+    """Prefixes of entries that a network with these maps does not need."""
     return ("fc.", *(f"{layer}." for stride, layer in _LAYERS.items() if stride > strides[-1]))
 
 
-def _out_channels(stage: Any) -> int:
-    last = stage[-1]
-    return int((last.conv3 if hasattr(last, "conv3") else last.conv2).out_channels)
-
-
 class ModulatedDeformConv2d(DeformConv2d):  # type: ignore[misc]
-    """A modulated deformable convolution (Deformable ConvNets v2, CVPR 2019) in the place of another.
+    """A modulated deformable convolution (Deformable ConvNets v2, CVPR 2019) that replaces another.
 
-    Each output position has an offset and a weight in [0, 1] for every cell of the kernel, which a second
-    convolution finds. That one begins at zero: the kernel lies as the other's, with half its strength.
+    A second convolution predicts an offset and a weight in [0, 1] for every cell of the kernel at each output
+    position. It begins at zero, which gives half the output of the convolution that is replaced.
 
     Args:
-        convolution: square, without bias or groups; its kernel is taken over.
+        convolution: square convolution without bias or groups, whose kernel is taken over.
     """
 
     def __init__(self, convolution: nn.Conv2d) -> None:

@@ -14,8 +14,7 @@ from torchvision.models.swin_transformer import (
 )
 
 from boxteacher_adapters.parts.detectron2_names import in_torchvision_names, swin_name
-from boxteacher_adapters.parts.preprocessing import CAFFE, IMAGENET
-from boxteacher_adapters.parts.pretrained import PretrainedNetwork, torchvision_weights, weights_at
+from boxteacher_adapters.parts.pretrained import CAFFE, IMAGENET, PretrainedNetwork, weights_at
 
 TORCHVISION_SWINS = ("swin_t", "swin_s", "swin_b", "swin_v2_t", "swin_v2_s", "swin_v2_b")
 CAFFE_SWINS = ("swin_b_caffe",)
@@ -23,7 +22,7 @@ _SWIN_B_URL = (
     "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_base_patch4_window7_224.pth"
 )
 _PATCH = 4
-# The patches, the first stage, and the step to the second: what the released BoxTeacher leaves as it is.
+# The patches, the first stage and the step to the second, which the released BoxTeacher does not train.
 _EARLY = ("features.0.", "features.1.", "features.2.")
 _NOT_IN_CLASSIFIERS = ("norms.", "relative_position_index", "relative_coords_table")
 
@@ -32,8 +31,8 @@ def torchvision_swin(name: str, strides: tuple[int, ...]) -> PretrainedNetwork:
     """One of torchvision's Swin transformers, with a norm on each of its maps.
 
     Args:
-        name: among `TORCHVISION_SWINS`.
-        strides: of the maps, among 4, 8, 16 and 32, in rising order.
+        name: name among `TORCHVISION_SWINS`.
+        strides: strides of the maps, among 4, 8, 16 and 32, in ascending order.
     """
     weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
     network = SwinFeatures(torchvision.models.get_model(name, weights=None), strides)
@@ -42,22 +41,22 @@ def torchvision_swin(name: str, strides: tuple[int, ...]) -> PretrainedNetwork:
         network.channels,
         IMAGENET,
         early=_EARLY,
-        download=partial(torchvision_weights, weights),
+        download=partial(weights.get_state_dict, progress=True),
         left_over=network.beyond,
         initial=_NOT_IN_CLASSIFIERS,
     )
 
 
 def caffe_swin(name: str, strides: tuple[int, ...]) -> PretrainedNetwork:
-    """The Swin-B of the released BoxTeacher, for BGR images whose scale is left as it is.
+    """The Swin-B of the released BoxTeacher, for BGR images in [0, 255] without their mean.
 
-    Its weights come from Swin's own, which were trained on RGB images with ImageNet's mean and scale: take
-    it for what the released network has learnt, and `swin_b` to begin anew. Weights may have torchvision's
-    or the original's names.
+    Its ImageNet weights are Swin's own, which were trained on RGB images with ImageNet's mean and scale: take
+    it for the released checkpoint, and `swin_b` for a new training. Weights may have torchvision's or the
+    original's names.
 
     Args:
         name: `swin_b_caffe`.
-        strides: of the maps, among 4, 8, 16 and 32, in rising order.
+        strides: strides of the maps, among 4, 8, 16 and 32, in ascending order.
     """
     swin = SwinTransformer(
         patch_size=[_PATCH, _PATCH],
@@ -85,8 +84,12 @@ class SwinFeatures(nn.Module):
     """A Swin transformer's maps at several strides, each with a layer norm of its own.
 
     Args:
-        swin: torchvision's; its patches are 4 × 4 pixels.
-        strides: of the maps, among 4, 8, 16 and 32, in rising order.
+        swin: torchvision's transformer with patches of 4 × 4 pixels.
+        strides: strides of the maps, among 4, 8, 16 and 32, in ascending order.
+
+    Attributes:
+        channels: numbers of channels of the maps.
+        beyond: prefixes of entries that weights may hold beside these: other maps' and a head's.
     """
 
     def __init__(self, swin: SwinTransformer, strides: tuple[int, ...]) -> None:
@@ -94,21 +97,11 @@ class SwinFeatures(nn.Module):
         stages = [(4, 8, 16, 32).index(stride) for stride in strides]
         needed = 2 * stages[-1] + 2  # the patches, then each stage behind the step that leads to it
         self.features = swin.features[:needed]
-        #: What the names of entries begin with that weights may hold beside these: other maps' and a head's.
-        self.beyond = (
-            "norms.",
-            "norm.",
-            "head.",
-            *(f"features.{i}." for i in range(needed, len(swin.features))),
-        )
+        unused = (f"features.{i}." for i in range(needed, len(swin.features)))
+        self.beyond = ("norms.", "norm.", "head.", *unused)
         width = swin.features[0][0].out_channels
         self.channels = tuple(width * 2**stage for stage in stages)
-        self.norms = nn.ModuleDict(
-            {
-                str(stage): nn.LayerNorm(channels)
-                for stage, channels in zip(stages, self.channels, strict=True)
-            }
-        )
+        self.norms = nn.ModuleDict({str(stage): nn.LayerNorm(width * 2**stage) for stage in stages})
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W) of any size to maps (B, D_i, ⌈H / stride⌉, ⌈W / stride⌉)."""
@@ -126,8 +119,8 @@ class SwinFeatures(nn.Module):
 class AlwaysShiftedAttention(ShiftedWindowAttention):  # type: ignore[misc]
     """Window attention that shifts its windows on maps of any size, as the original's detectors do.
 
-    Where a map is no larger than a window, torchvision leaves the shift out. The shifted window then holds
-    the same cells, but those before the shift do not look at those behind it, which is all that is added.
+    Where a map is no larger than a window, torchvision leaves the shift out. The shifted window holds the
+    same cells, but those before the shift do not attend to those behind it, which this mask adds.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,8 +142,8 @@ class AlwaysShiftedAttention(ShiftedWindowAttention):  # type: ignore[misc]
         )
 
     def _mask_of_small_maps(self, x: Tensor) -> Tensor:
-        """What the logits of a window lose by the shifts that torchvision leaves out, (cells, cells)."""
-        rows, columns = (  # whether each row, each column of a window lies before a shift that is left out
+        """Attention mask (cells, cells) of the shifts that torchvision leaves out: 0, or −100 across one."""
+        rows, columns = (  # rows and columns of a window before a shift that is left out, (side,) bool each
             torch.arange(window, device=x.device) < (shift if size <= window else 0)
             for size, window, shift in zip(x.shape[1:3], self.window_size, self.shift_size, strict=True)
         )

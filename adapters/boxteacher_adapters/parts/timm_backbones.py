@@ -10,24 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from boxteacher.errors import InputError
-from boxteacher_adapters.parts.preprocessing import Preprocessing
-from boxteacher_adapters.parts.pretrained import PretrainedNetwork
+from boxteacher.adapter import InputError
+from boxteacher_adapters.parts.pretrained import Preprocessing, PretrainedNetwork
 from boxteacher_adapters.parts.weight_files import read_weight_file
 
 _TIMM_NAMES = {"efficientnet_lite0": "tf_efficientnet_lite0"}
 
 
 def timm_backbone(name: str, strides: tuple[int, ...]) -> PretrainedNetwork:
-    """A network that timm knows.
+    """One of timm's networks.
 
     Args:
-        name: timm's; `efficientnet_lite0` is its `tf_efficientnet_lite0`.
-        strides: of the maps, in rising order.
+        name: timm's name of the network; `efficientnet_lite0` is its `tf_efficientnet_lite0`.
+        strides: strides of the maps, in ascending order.
 
     Raises:
-        InputError: timm is not installed, does not know the name, or the network has not the strides, or
-            takes images of one size only.
+        InputError: timm is not installed or does not know the name, or the network lacks a stride or takes
+            images of one size only.
     """
     if importlib.util.find_spec("timm") is None:
         raise InputError(
@@ -43,12 +42,12 @@ def timm_backbone(name: str, strides: tuple[int, ...]) -> PretrainedNetwork:
         )
     probe: Any = timm.create_model(timm_name, features_only=True)
     stages: list[dict[str, Any]] = probe.feature_info.info
-    wanted = tuple(i for i, stage in enumerate(stages) if stage["reduction"] in strides)
-    if len(wanted) != len(strides):
+    indices = tuple(i for i, stage in enumerate(stages) if stage["reduction"] in strides)
+    if len(indices) != len(strides):
         offered = [stage["reduction"] for stage in stages]
         needed = ", ".join(map(str, strides))
         raise InputError(f"backbone {name!r} has strides {offered}: take one with {needed}")
-    network: Any = timm.create_model(timm_name, features_only=True, out_indices=wanted)
+    network: Any = timm.create_model(timm_name, features_only=True, out_indices=indices)
     _check_any_size(network, name, strides)
     settings = network.pretrained_cfg
     return PretrainedNetwork(
@@ -57,7 +56,7 @@ def timm_backbone(name: str, strides: tuple[int, ...]) -> PretrainedNetwork:
         Preprocessing("RGB", tuple(settings["mean"]), tuple(settings["std"])),
         early=_parameters_up_to_stride_4(network, stages),
         download=partial(_timm_state, timm_name),
-        own_names=partial(_flattened, wanted=network.state_dict().keys()),
+        own_names=partial(_flattened, names=network.state_dict().keys()),
         left_over=("conv_head.", "bn2.", "classifier.", "head", "fc."),
     )
 
@@ -74,16 +73,16 @@ def _check_any_size(network: Any, name: str, strides: tuple[int, ...]) -> None:
         raise InputError(f"backbone {name!r} gives maps {shapes}, not {expected}: take another")
 
 
-def _flattened(state: dict[str, Tensor], wanted: Container[str]) -> dict[str, Tensor]:
-    """Keys as timm's feature networks spell them, some of which write `stages.0.` as `stages_0.`."""
+def _flattened(state: dict[str, Tensor], names: Container[str]) -> dict[str, Tensor]:
+    """Entries under the names of timm's feature networks, some of which write `stages.0.` as `stages_0.`."""
     return {
-        key if key in wanted else re.sub(r"^([a-z]+)\.(\d+)\.", r"\1_\2.", key): value
+        key if key in names else re.sub(r"^([a-z]+)\.(\d+)\.", r"\1_\2.", key): value
         for key, value in state.items()
     }
 
 
 def _parameters_up_to_stride_4(network: nn.Module, stages: list[dict[str, Any]]) -> tuple[str, ...]:
-    """Names of the parameters up to the end of the last stage of stride 4, as in a ResNet's first stage."""
+    """Names of the parameters up to the end of the last stage of stride 4."""
     names = [name for name, _ in network.named_parameters()]
     modules = [stage["module"] for stage in stages if stage["reduction"] <= 4]
     # timm flattens the names of some networks' stages.
@@ -106,10 +105,10 @@ def _timm_state(timm_name: str) -> dict[str, Tensor]:
 
 
 def _in_order_of_timm(state: dict[str, Tensor], timm_name: str) -> dict[str, Tensor]:
-    """Gives tensors that have timm's order and shapes timm's names."""
+    """Tensors in timm's order under timm's names."""
     import timm
 
-    wanted = timm.create_model(timm_name, pretrained=False).state_dict()
-    if [tuple(t.shape) for t in state.values()] != [tuple(t.shape) for t in wanted.values()]:
+    expected = timm.create_model(timm_name, pretrained=False).state_dict()
+    if [tuple(t.shape) for t in state.values()] != [tuple(t.shape) for t in expected.values()]:
         raise InputError(f"the installed weights have not the shapes of {timm_name}: reinstall their package")
-    return dict(zip(wanted, state.values(), strict=True))
+    return dict(zip(expected, state.values(), strict=True))

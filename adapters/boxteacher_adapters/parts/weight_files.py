@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from boxteacher.errors import InputError
-from boxteacher.torch_files import read_torch_file
+from boxteacher.adapter import InputError, read_torch_file
 
 _WRAPPERS = ("model", "state_dict", "blobs")  # detectron2's and Swin's, timm's, Caffe2's
 _DTYPE_CODES = ("b1", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
@@ -28,8 +27,8 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
     read with `weights_only`; a pickle by an unpickler that knows arrays, numbers, text and containers.
 
     Raises:
-        InputError: the file does not exist, is truncated, names anything that would have to be run, or
-            holds something else than one tensor per name.
+        InputError: the file does not exist, is truncated, names code to run, or holds anything but one tensor
+            per name.
     """
     if not path.is_file():
         raise InputError(f"weights {path} do not exist: check the path, or give 'imagenet' or 'none'")
@@ -61,7 +60,7 @@ def _holds(content: dict[Any, Any], key: str) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor of numbers that are all in the file, rather than a few of them many times."""
+    """Whether it is a tensor with all of its numbers in the file, rather than a few of them repeated."""
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided
@@ -74,7 +73,7 @@ def _reason(error: Exception) -> str:
     text = str(error)
     if refused := re.search(r"GLOBAL (\w+(?:\.\w+)*)", text):
         return f"it asks for {refused[1]}, which is not a tensor"
-    # Before and behind what is wrong, torch spreads advice to trust the file.
+    # Before and after the reason, torch advises to trust the file.
     reason = text.partition("WeightsUnpickler error: ")[2] or text
     return (reason.splitlines() or [""])[0][:120] or type(error).__name__
 
@@ -89,14 +88,14 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _check_memo(file: Any) -> None:
-    """The unpickler's table of objects is as long as the highest number that an object is given."""
+    """Raises UnpicklingError for an object's number beyond their count, up to which memory is allocated."""
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count:
             raise pickle.UnpicklingError("it numbers more objects than it has")
 
 
 class _Budget:
-    """Bytes that may still be made: all arrays together are no larger than the file, nor is all text."""
+    """Number of bytes that may still be allocated, for arrays and text no larger than the file."""
 
     def __init__(self, size: int) -> None:
         self.left = size
@@ -108,9 +107,9 @@ class _Budget:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy's arrays and containers of them.
+    """An unpickler of numpy's arrays and containers of them.
 
-    Not even numpy's own constructors are called with what the file says: stand-ins check it first, so an
+    numpy's own constructors are not called with the file's arguments: stand-ins check these first, so that an
     array is never larger than its bytes in the file.
     """
 
@@ -126,7 +125,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 class _Constructor:
-    """Stands for a function or class that pickles of arrays name; it can be called and nothing else."""
+    """A stand-in for a function or class that pickles of arrays name; it can be called and nothing else."""
 
     __slots__ = ("_make",)
 
@@ -161,7 +160,7 @@ class _Dtype:
 
 
 class _Array:
-    """An array; `tensor` is there once its bytes are."""
+    """An array; `tensor` is None until its bytes are read."""
 
     tensor: Tensor | None = None
 
@@ -173,7 +172,7 @@ class _Array:
         self.fill(data, dtype, shape, column_major)
 
     def fill(self, data: Any, dtype: Any, shape: Any, column_major: Any) -> "_Array":
-        """Takes what the file says of the array; raises UnpicklingError unless its bytes fill its shape."""
+        """Sets `tensor`; raises UnpicklingError unless the bytes fill the shape."""
         raw = data.encode("latin1") if isinstance(data, str) else data
         if not isinstance(raw, bytes | bytearray) or not isinstance(dtype, _Dtype):
             raise pickle.UnpicklingError("it holds an array that is not made of numbers")
