@@ -1,4 +1,4 @@
-"""The command line: `boxteacher train | recipes | evaluate | predict | convert | export | demo`."""
+"""The command line: boxteacher train | recipes | evaluate | predict | convert | export | demo."""
 
 import argparse
 import json
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _last_line(error: InputError) -> str:
-    """The message; a DataLoader's worker wraps it in its own stack trace."""
+    """The message itself, which a DataLoader's worker wraps in its stack trace."""
     return str(error).strip().splitlines()[-1].removeprefix("boxteacher.errors.InputError: ")
 
 
@@ -50,7 +50,7 @@ def _train(recipe: str | None, **given: Any) -> None:
     required = [field.name for field in fields(TrainSettings) if field.default is MISSING]
     missing = [f"--{name}" for name in required if name not in given]
     if missing:
-        raise InputError(f"{' and '.join(missing)} must be given: a --recipe needs --data alone")
+        raise InputError(f"{' and '.join(missing)} must be given (with --recipe only --data)")
     print(train(TrainSettings(**given)))
 
 
@@ -99,7 +99,7 @@ def _demo(**options: Any) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, as for all other bad input, without the usage before it."""
+        """Prints one line, without the usage, as for all other bad input."""
         self.exit(_EXIT_BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
@@ -118,57 +118,54 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=run)
         return command
 
-    train = add_command(_train, "train a segmenter on a folder of images and boxes")
-    train.add_argument("--recipe", help="name of a whole run's settings (see `boxteacher recipes`)")
+    train = add_command(_train, "train a segmenter on images with boxes")
+    train.add_argument("--recipe", help="name of a recipe (see `boxteacher recipes`)")
     add_options(train, TrainSettings)
-    add_command(_recipes, "list what `train --recipe` knows")
+    add_command(_recipes, "list the recipes for `train --recipe`")
 
-    evaluate = add_command(_evaluate, "COCO's average precision on the validation split")
-    evaluate.add_argument("checkpoint", type=Path, help="RUN/last.pt")
+    evaluate = add_command(_evaluate, "compute COCO's average precision on the validation split")
+    evaluate.add_argument("checkpoint", type=Path, help="checkpoint, such as RUN/last.pt")
     evaluate.add_argument("--data", type=Path, required=True, help="folder with annotations/ and the images")
-    evaluate.add_argument("--device", default="auto", help="auto (default), cpu, cuda, …")
-    evaluate.add_argument("--workers", type=_count, default=2, help="processes that load images (default: 2)")
+    evaluate.add_argument("--device", default="auto", help="device: auto (default), cpu, cuda, …")
+    evaluate.add_argument(
+        "--workers", type=_at_least(0), default=2, help="number of processes that load images (default: 2)"
+    )
 
-    predict = add_command(_predict, "masks on images, as pictures and as COCO results")
-    predict.add_argument("checkpoint", type=Path, help="RUN/last.pt")
+    predict = add_command(_predict, "predict masks: images with masks drawn on them, and COCO results")
+    predict.add_argument("checkpoint", type=Path, help="checkpoint, such as RUN/last.pt")
     predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image file")
-    predict.add_argument("--output", type=Path, required=True, help="folder for pictures and results.json")
+    predict.add_argument("--output", type=Path, required=True, help="folder for the images and results.json")
     predict.add_argument("--score-threshold", type=float, default=0.6, help="minimum score (default: 0.6)")
-    predict.add_argument("--device", default="auto", help="auto (default), cpu, cuda, …")
+    predict.add_argument("--device", default="auto", help="device: auto (default), cpu, cuda, …")
 
-    convert = add_command(_convert, "released weights to a checkpoint of this library")
+    convert = add_command(_convert, "convert released weights to a checkpoint")
     convert.add_argument("source", type=Path, metavar="IN", help="released weights, .pth or .pkl")
     convert.add_argument("destination", type=Path, metavar="OUT", help="new file")
 
-    export = add_command(_export, "state dict, torch.export program or ONNX of a segmenter")
-    export.add_argument("checkpoint", type=Path, help="RUN/last.pt")
+    export = add_command(_export, "export a segmenter as state dict, torch.export program or ONNX")
+    export.add_argument("checkpoint", type=Path, help="checkpoint, such as RUN/last.pt")
     export.add_argument("output", type=Path, help="new file: .pt (state dict), .pt2 (torch.export) or .onnx")
     export.add_argument(
         "--image-size",
-        type=_positive,
+        type=_at_least(1),
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
-        help="size of the images that .pt2 and .onnx take (default: a square of training's longest side)",
+        help="image size of .pt2 and .onnx (default: a square of the longest side in training)",
     )
     export.add_argument("--image", type=Path, help="image to check the file with (default: random pixels)")
 
-    demo = add_command(_demo, "a data set of its own, boxes alone, masks in minutes")
+    demo = add_command(_demo, "render a data set, train on its boxes alone, evaluate and draw masks")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
-    demo.add_argument("--steps", type=_positive, default=400, help="optimizer steps (default: 400)")
+    demo.add_argument("--steps", type=_at_least(1), default=400, help="optimizer steps (default: 400)")
     return parser
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
+        return int(text)
 
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} is less than 0")
     return number
 
 

@@ -10,7 +10,7 @@ from boxteacher.data import write_shapes
 from boxteacher.engine.checkpoint import load_checkpoint, save_checkpoint
 from tests.engine_support import train_arguments
 
-# The networks here are tiny: a second thread costs more than it saves, and rounds sums differently.
+# The networks are tiny: a second thread costs more than it saves, and changes the rounding of sums.
 torch.set_num_threads(1)
 
 
@@ -30,8 +30,8 @@ def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def talkative(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that finds much, whatever it looks at."""
+def checkpoint_with_detections(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that detects many objects in any image."""
     segmenter, info = load_checkpoint(run / "last.pt")
     head = segmenter.box_head
     with torch.no_grad():
@@ -39,6 +39,6 @@ def talkative(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         head.centerness.bias.fill_(2.0)
         head.distances.bias.fill_(2.0)
         head.controller.bias.normal_()
-    path = tmp_path_factory.mktemp("talkative") / "last.pt"
+    path = tmp_path_factory.mktemp("checkpoint") / "last.pt"
     save_checkpoint(path, segmenter, info)
     return path

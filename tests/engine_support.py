@@ -1,4 +1,4 @@
-"""Data sets, commands and errors that several tests of the engine share."""
+"""Shared by tests of the engine: data sets, commands and errors."""
 
 import json
 import shutil

@@ -79,7 +79,7 @@ def test_a_checkpoint_from_before_the_record_still_loads(checkpoint):
 def test_a_checkpoint_of_other_images_is_refused(checkpoint):
     record = torch.load(checkpoint, weights_only=True)["preprocessing"]
     rewrite(checkpoint, preprocessing=record | {"channel_order": "BGR"})
-    with pytest.raises(InputError, match=r"last\.pt: was trained on images as .*'BGR'") as caught:
+    with pytest.raises(InputError, match=r"last\.pt: was trained with preprocessing .*'BGR'") as caught:
         load_checkpoint(checkpoint)
     assert "\n" not in str(caught.value)
 

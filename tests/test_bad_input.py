@@ -1,4 +1,4 @@
-"""Whatever is wrong with what was given is said in one line, before anything is trained or written."""
+"""Bad input of every command ends in an error of one line, before anything is trained or written."""
 
 import gc
 import json
@@ -35,7 +35,7 @@ from tests.engine_support import (
         ["--supervision", "boxes"],
     ],
 )
-def test_numbers_that_make_no_sense_are_refused_in_one_line(shapes, tmp_path, capsys, values):
+def test_invalid_values_of_options_are_refused_in_one_line(shapes, tmp_path, capsys, values):
     try:
         code = main(train_arguments(shapes, tmp_path / "run", *values))
     except SystemExit as refused:  # by the parser
@@ -56,7 +56,7 @@ def test_numbers_that_make_no_sense_are_refused_in_one_line(shapes, tmp_path, ca
         (lambda c: c["images"][1].update(file_name="gone.png"), ["gone.png"]),
     ],
 )
-def test_a_broken_annotation_file_is_named_in_one_line(shapes, tmp_path, capsys, change, named):
+def test_an_invalid_annotation_file_is_named_in_one_line(shapes, tmp_path, capsys, change, named):
     data = edited(shapes, tmp_path / "data", "train", change)
     message = error_of(train_arguments(data, tmp_path / "run"), capsys)
     assert all(part in message for part in named)
@@ -109,7 +109,7 @@ def test_an_output_that_is_a_file_is_named(shapes, tmp_path, capsys):
         ("--device", "no_device"),
     ],
 )
-def test_a_setting_that_names_nothing_is_named(shapes, tmp_path, capsys, option, value):
+def test_an_unknown_name_is_named(shapes, tmp_path, capsys, option, value):
     message = error_of(train_arguments(shapes, tmp_path / "run", option, value), capsys)
     assert value in message
     assert not (tmp_path / "run").exists()
@@ -125,7 +125,7 @@ def test_an_image_with_more_boxes_than_queries_is_named_before_the_training(shap
     content = json.loads((data / "annotations" / "train.json").read_text())
     image = annotation(content)["image_id"]
     name = next(record["file_name"] for record in content["images"] if record["id"] == image)
-    assert all(part in message for part in (name, "boxes", "mask2former finds 100 objects at most"))
+    assert all(part in message for part in (name, "boxes", "mask2former detects at most 100 objects"))
     assert not (tmp_path / "run").exists()
 
 
@@ -165,7 +165,7 @@ def test_a_broken_checkpoint_is_named_in_one_line(run, shapes, tmp_path, capsys,
     assert not (path.parent / "metrics.json").exists()
 
 
-def test_an_evaluation_on_foreign_categories_is_refused(run, shapes, tmp_path, capsys):
+def test_an_evaluation_on_other_categories_is_refused(run, shapes, tmp_path, capsys):
     def renumber(content: dict[str, Any]) -> None:
         for record in content["categories"]:
             record["id"] += 10
@@ -177,7 +177,7 @@ def test_an_evaluation_on_foreign_categories_is_refused(run, shapes, tmp_path, c
     assert "category_id" in error_of(arguments, capsys)
 
 
-def test_prediction_of_broken_or_twin_images_writes_nothing(run, shapes, tmp_path, capsys):
+def test_prediction_of_broken_images_or_of_two_of_one_name_writes_nothing(run, shapes, tmp_path, capsys):
     good = sorted((shapes / "val").iterdir())[0]
     broken = tmp_path / "broken.png"
     broken.write_bytes(good.read_bytes()[:100])
@@ -194,13 +194,13 @@ def test_prediction_of_broken_or_twin_images_writes_nothing(run, shapes, tmp_pat
         assert not out.exists()
 
 
-def test_a_picture_that_breaks_during_training_is_named_by_the_worker(shapes, tmp_path, capsys, monkeypatch):
-    # Torch waits so long for a worker whose loader ended in an error; five seconds otherwise.
+def test_a_broken_image_found_by_a_worker_during_training_is_named(shapes, tmp_path, capsys, monkeypatch):
+    # Torch's timeout for a worker after an error in the loader, five seconds by default.
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
     data = tmp_path / "data"
     shutil.copytree(shapes, data)
     content = json.loads((data / "annotations" / "train.json").read_text())
-    for record in content["images"]:  # the end that the quick check looks for is there, the middle is not
+    for record in content["images"]:  # the end marker that the check before training reads stays
         path = data / "train" / record["file_name"]
         whole = path.read_bytes()
         middle = len(whole) // 2
@@ -214,7 +214,7 @@ def test_a_picture_that_breaks_during_training_is_named_by_the_worker(shapes, tm
     gc.collect()
 
 
-def test_a_broken_validation_picture_is_found_before_training(shapes, tmp_path, capsys):
+def test_a_broken_validation_image_is_found_before_training(shapes, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(shapes, data)
     image = sorted((data / "val").iterdir())[1]
@@ -223,7 +223,7 @@ def test_a_broken_validation_picture_is_found_before_training(shapes, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-def test_training_goes_without_a_validation_split_and_says_so(shapes, tmp_path, caplog):
+def test_training_without_a_validation_split_logs_a_warning(shapes, tmp_path, caplog):
     data = tmp_path / "data"
     shutil.copytree(shapes, data)
     shutil.rmtree(data / "val")

@@ -1,4 +1,4 @@
-"""The batches of a run: a function of seed and position, whoever loads them and wherever the run begins."""
+"""The batches of a run depend on its seed and the position in the run alone."""
 
 from pathlib import Path
 from typing import Any
@@ -48,22 +48,22 @@ def stream(data: InstanceDataset) -> list[Any]:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_batches_do_not_depend_on_who_loads_them(data, stream, workers):
+def test_batches_do_not_depend_on_the_number_of_workers(data, stream, workers):
     assert len(stream) == STEPS
     assert equal(batches(data, workers=workers), stream)
 
 
 @pytest.mark.parametrize(("start", "workers"), [(1, 0), (4, 3), (STEPS, 0)])
-def test_a_run_that_begins_later_has_the_tail_of_the_whole(data, stream, start, workers):
-    """Step 1 begins within an epoch."""
+def test_batches_from_a_later_step_equal_the_rest_of_the_whole_run(data, stream, start, workers):
+    """Step 1 is in the middle of an epoch."""
     assert equal(batches(data, start=start, workers=workers), stream[start:])
 
 
-def test_a_longer_run_begins_as_a_shorter_one(data, stream):
+def test_a_longer_run_has_the_batches_of_a_shorter_one_first(data, stream):
     assert equal(batches(data, steps=STEPS + 2)[:STEPS], stream)
 
 
-def test_another_seed_gives_other_batches_and_another_epoch_other_samples(data, stream):
+def test_batches_differ_between_seeds_and_samples_between_epochs(data, stream):
     other = batches(data, seed=1)
     assert not any(equal(ours, theirs) for ours, theirs in zip(stream, other, strict=True))
     samples: dict[str, list[Any]] = {}
@@ -73,7 +73,7 @@ def test_another_seed_gives_other_batches_and_another_epoch_other_samples(data, 
     assert any(not equal(first, second) for first, second, *_ in samples.values())
 
 
-def test_every_image_comes_once_per_epoch_in_an_order_of_its_own():
+def test_every_epoch_has_each_image_once_in_another_order():
     places = list(sample_order(8, 0, range(24)))
     assert [position for position, _ in places] == list(range(24))
     orders = [[index for _, index in places[k : k + 8]] for k in (0, 8, 16)]
@@ -86,9 +86,9 @@ def test_seeds_differ_beyond_the_32_bits_that_torch_s_generator_takes():
     assert len(set(orders)) == 4
 
 
-def test_loading_a_sample_leaves_every_generator_alone(data, monkeypatch):
-    """`torch.manual_seed` would seed the GPU's too, which the student's augmentation uses."""
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPU's was seeded"))
+def test_loading_a_sample_changes_no_global_generator(data, monkeypatch):
+    """`torch.manual_seed` would also seed the GPU's generator, which the student's augmentation uses."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded the GPU"))
     state = torch.random.get_rng_state()
     SeededSamples(data, seed=0)[5, 2]
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -10,7 +10,7 @@ from boxteacher.engine.devices import pick_device, to_device
 from boxteacher.engine.files import write_atomically
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path):
+def test_a_crash_leaves_the_earlier_file(tmp_path):
     path = tmp_path / "file"
     write_atomically(path, lambda temporary: temporary.write_text("first"))
 
@@ -33,7 +33,7 @@ def test_devices_are_picked_by_name():
         assert "\n" not in str(caught.value)
 
 
-def test_a_batch_moves_to_a_device_with_all_its_tensors():
+def test_all_tensors_of_a_batch_are_moved_to_a_device():
     images, targets = to_device(
         [torch.zeros(3, 4, 4)], [{"boxes": torch.zeros(1, 4), "image_id": 5}], torch.device("meta")
     )

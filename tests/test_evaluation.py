@@ -1,4 +1,4 @@
-"""COCO evaluation, against truths that are known."""
+"""COCO evaluation, against known ground truth and pycocotools."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ from tests.engine_support import annotation, edited, without_masks
 FULL = {"AP": 100.0, "AP50": 100.0, "AP75": 100.0}
 
 
-def test_evaluation_ends_with_a_line_of_json_and_keeps_it(run, shapes, capsys):
+def test_evaluate_prints_a_line_of_json_and_writes_it(run, shapes, capsys):
     assert main(["evaluate", str(run / "last.pt"), "--data", str(shapes), "--workers", "0"]) == 0
     printed = capsys.readouterr().out.splitlines()
     metrics = json.loads(printed[-1])
@@ -49,7 +49,7 @@ def truth_as_results(root: Path) -> list[dict[str, Any]]:
 
 
 def random_results(root: Path) -> list[dict[str, Any]]:
-    """Three shifted objects for each of the truth, some of another class."""
+    """Three shifted copies of each ground-truth object, some of another class."""
     generator = np.random.default_rng(0)
     results = []
     for row in truth_as_results(root) * 3:
@@ -62,13 +62,13 @@ def random_results(root: Path) -> list[dict[str, Any]]:
     return results
 
 
-def test_the_truth_itself_has_full_precision(shapes):
+def test_the_ground_truth_as_results_has_full_precision(shapes):
     metrics = coco_evaluation(truth(shapes), truth_as_results(shapes)).metrics
     assert metrics == {"segm": FULL, "bbox": FULL}
 
 
 def with_crowds(content: dict[str, Any]) -> None:
-    """Every third annotation is a crowd, and every other mask a polygon; no id is like its position."""
+    """Every third annotation is a crowd, every other mask a polygon, and no id equals its position."""
     for k, record in enumerate(content["annotations"]):
         x, y, width, height = record["bbox"]
         record.update(id=7 * (k + 3), iscrowd=int(k % 3 == 0))
@@ -76,7 +76,7 @@ def with_crowds(content: dict[str, Any]) -> None:
             record["segmentation"] = [[x, y, x + width, y, x + width / 2, y + height + 0.25]]
 
 
-def test_the_index_is_the_truth_that_pycocotools_reads_from_the_file(shapes, tmp_path):
+def test_the_tables_are_those_of_pycocotools_on_the_same_file(shapes, tmp_path):
     data = edited(shapes, tmp_path / "crowds", "val", with_crowds)
     results = random_results(shapes)
     evaluation = coco_evaluation(truth(data), results)
@@ -97,13 +97,13 @@ def test_the_index_is_the_truth_that_pycocotools_reads_from_the_file(shapes, tmp
     assert evaluation.table == "\n".join(expected)
 
 
-def test_nothing_found_has_no_precision(shapes):
+def test_no_results_have_precision_0(shapes):
     metrics = coco_evaluation(truth(shapes), []).metrics
     none = {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
     assert metrics == {"segm": none, "bbox": none}
 
 
-def test_boxes_drawn_as_masks_are_right_boxes_but_wrong_masks(shapes):
+def test_filled_boxes_as_masks_have_full_box_ap_but_low_mask_ap(shapes):
     results = truth_as_results(shapes)
     for row in results:
         height, width = row["segmentation"]["size"]
@@ -116,8 +116,8 @@ def test_boxes_drawn_as_masks_are_right_boxes_but_wrong_masks(shapes):
     assert metrics["segm"]["AP"] < 60
 
 
-def test_the_size_of_a_mask_is_its_own_not_its_box_s():
-    """A thin diagonal found in the wrong place is a small false mask, however large its box is."""
+def test_the_size_class_of_a_mask_is_that_of_its_own_area():
+    """A misplaced thin diagonal is a small false positive, although its box is large."""
     true, false = np.eye(200), np.eye(200)[:, ::-1]
     index = build_index(
         Path("images"),
@@ -143,8 +143,8 @@ def test_the_size_of_a_mask_is_its_own_not_its_box_s():
     assert float(small.split("=")[-1]) == pytest.approx(0.5, abs=0.01)
 
 
-def test_the_truth_goes_through_coco_results_unharmed(shapes):
-    """As detections at the stored size, the truth still has full precision."""
+def test_the_ground_truth_as_detections_has_full_precision(shapes):
+    """`coco_results` loses nothing of detections at the stored size."""
     content = json.loads((shapes / "annotations" / "val.json").read_text())
     results = []
     for image in content["images"]:
@@ -162,7 +162,7 @@ def test_the_truth_goes_through_coco_results_unharmed(shapes):
     assert metrics["segm"]["AP"] == metrics["bbox"]["AP"] == 100
 
 
-def test_results_are_at_the_size_of_the_stored_image():
+def test_results_have_the_size_of_the_stored_image():
     mask = torch.zeros(1, 1, 10, 20)
     mask[0, 0, 2:8, 5:15] = 1.0
     detections = {
@@ -177,10 +177,10 @@ def test_results_are_at_the_size_of_the_stored_image():
     assert row["segmentation"]["size"] == [40, 60]
     decoded = mask_utils.decode(row["segmentation"])
     assert decoded.sum() == decoded[8:32, 15:45].sum()
-    assert decoded.sum() >= 0.98 * 24 * 30  # bilinear enlargement rounds the corners
+    assert decoded.sum() >= 0.98 * 24 * 30  # bilinear enlargement rounds off the corners
 
 
-def test_no_detections_are_no_results():
+def test_no_detections_give_no_results():
     empty = {
         "boxes": torch.zeros(0, 4),
         "labels": torch.zeros(0, dtype=torch.int64),
@@ -211,7 +211,7 @@ def with_a_box_outside(content: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("change", [bare, loosely_typed, numbered_from_0, with_a_box_outside])
-def test_the_truth_has_full_precision_whatever_is_odd_about_its_file(shapes, tmp_path, change):
+def test_unusual_but_valid_files_change_no_precision(shapes, tmp_path, change):
     data = edited(shapes, tmp_path / "data", "val", change)
     assert coco_evaluation(truth(data), truth_as_results(shapes)).metrics == {"segm": FULL, "bbox": FULL}
 
@@ -229,7 +229,7 @@ def partly_masked(content: dict[str, Any]) -> None:
     del content["annotations"][4]["segmentation"]
 
 
-def test_objects_without_a_usable_mask_are_ignored_in_the_ap_of_masks(shapes, tmp_path, caplog):
+def test_objects_without_a_valid_mask_are_ignored_in_mask_ap(shapes, tmp_path, caplog):
     index = truth(edited(shapes, tmp_path / "data", "val", partly_masked))
     assert "annotations[2]" in caplog.text
     assert "segmentation is no mask" in caplog.text
@@ -247,7 +247,7 @@ def test_objects_without_a_usable_mask_are_ignored_in_the_ap_of_masks(shapes, tm
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(4, 40), st.integers(4, 40), st.integers(4, 40), st.integers(4, 40), st.integers(0, 100))
-def test_results_keep_the_share_of_the_image_that_a_mask_covers(h, w, height, width, seed):
+def test_resizing_keeps_the_share_of_the_image_that_a_mask_covers(h, w, height, width, seed):
     generator = torch.Generator().manual_seed(seed)
     left = int(torch.randint(0, w, (), generator=generator))
     mask: Tensor = torch.zeros(1, 1, h, w)

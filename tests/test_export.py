@@ -1,4 +1,4 @@
-"""Exported files find what the segmenter finds, in images that they were not traced with."""
+"""Exported files give the segmenter's detections, on images that they were not traced with."""
 
 import importlib.util
 from collections.abc import Callable
@@ -33,20 +33,18 @@ BLACK = torch.zeros(3, *SIZE)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CondInst that finds objects in patches of colour, and none in a black image."""
+    """CondInst that detects objects in patches of color, and none in a black image."""
     torch.manual_seed(0)
     segmenter = build_segmenter("condinst", 3, backbone="resnet18", weights="none", image_size=96).eval()
     head = segmenter.box_head
     nn.init.normal_(head.class_logits.weight, std=0.1)
     nn.init.normal_(head.controller.weight, std=0.02)
-    greatest: list[Tensor] = []  # class logit of each pyramid level
-    hook = head.class_logits.register_forward_hook(
-        lambda module, given, output: greatest.append(output.max())
-    )
+    largest: list[Tensor] = []  # class logit of each pyramid level
+    hook = head.class_logits.register_forward_hook(lambda module, given, output: largest.append(output.max()))
     with torch.no_grad():
         segmenter([BLACK])
         hook.remove()
-        head.class_logits.bias += -3.0 - max(greatest)  # sigmoid(-3) = 0.047 is below the threshold of 0.05
+        head.class_logits.bias += -3.0 - max(largest)  # sigmoid(-3) = 0.047 is below the threshold of 0.05
     path = tmp_path_factory.mktemp("export") / "last.pt"
     save_checkpoint(path, segmenter, SegmenterInfo("condinst", "resnet18", 96, ["a", "b", "c"], [1, 2, 3]))
     return path
@@ -61,7 +59,7 @@ def photograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def patches(seed: int) -> Tensor:
-    """An image of soft patches of colour."""
+    """An image of soft patches of color."""
     (few,) = seeded_images((4, 6), seed=seed)
     return nn.functional.interpolate(few[None], SIZE, mode="bilinear")[0]
 
@@ -80,8 +78,8 @@ def load_onnx(path: Path) -> Network:
     return lambda image: tuple(map(torch.from_numpy, session.run(None, {"image": image.numpy()})))
 
 
-def assert_finds_the_same(eager: Network, exported: Network, images: list[Tensor]) -> list[int]:
-    """Returns how many objects each image has."""
+def assert_same_detections(eager: Network, exported: Network, images: list[Tensor]) -> list[int]:
+    """Returns the number of detections in each image."""
     counts = []
     for image in images:
         with torch.no_grad():
@@ -94,7 +92,7 @@ def assert_finds_the_same(eager: Network, exported: Network, images: list[Tensor
 
 
 @pytest.mark.parametrize(("suffix", "load"), [(".pt2", load_program), (".onnx", load_onnx)])
-def test_an_exported_condinst_finds_what_the_segmenter_finds(
+def test_an_exported_condinst_gives_the_segmenter_s_detections(
     checkpoint, photograph, tmp_path, caplog, suffix, load
 ):
     output = tmp_path / f"condinst{suffix}"
@@ -103,7 +101,7 @@ def test_an_exported_condinst_finds_what_the_segmenter_finds(
     assert "largest difference" in caplog.text
     assert list(tmp_path.iterdir()) == [output]
     eager = SingleImage(load_checkpoint(checkpoint)[0])
-    first, second, none = assert_finds_the_same(eager, load(output), [patches(0), patches(1), BLACK])
+    first, second, none = assert_same_detections(eager, load(output), [patches(0), patches(1), BLACK])
     assert first > 1
     assert second > 1
     assert none == 0
@@ -133,10 +131,10 @@ def test_other_segmenters_can_be_traced(build):
     network = SingleImage(build(build_backbone("resnet18", "none", strides=(4, 8, 16, 32))).eval())
     with torch.no_grad():
         traced = torch.export.export(network, (BLACK,), strict=False).module()
-    assert min(assert_finds_the_same(network, traced, [patches(0), patches(1)])) > 1
+    assert min(assert_same_detections(network, traced, [patches(0), patches(1)])) > 1
 
 
-def test_a_state_dict_fills_a_segmenter_built_anew(checkpoint, photograph, tmp_path, caplog):
+def test_an_exported_state_dict_loads_into_a_new_segmenter(checkpoint, photograph, tmp_path, caplog):
     output = tmp_path / "weights.pt"
     with caplog.at_level("INFO"):
         assert main(arguments(checkpoint, output, "--image", str(photograph))) == 0
@@ -150,13 +148,13 @@ def test_a_state_dict_fills_a_segmenter_built_anew(checkpoint, photograph, tmp_p
     assert all(torch.equal(actual[name], expected[name]) for name in OUTPUTS)
 
 
-def test_a_check_that_finds_nothing_says_so(checkpoint, tmp_path, caplog):
+def test_a_check_without_detections_logs_a_warning(checkpoint, tmp_path, caplog):
     Image.new("RGB", (96, 64)).save(tmp_path / "black.png")
     assert main(arguments(checkpoint, tmp_path / "weights.pt", "--image", str(tmp_path / "black.png"))) == 0
     assert "--image" in caplog.text
 
 
-def test_a_segmenter_that_cannot_be_traced_is_told_in_one_line(tmp_path, capsys):
+def test_a_segmenter_that_cannot_be_traced_is_named_in_one_line(tmp_path, capsys):
     segmenter = build_segmenter("mask_rcnn", 2, backbone="resnet18", weights="none", image_size=96)
     checkpoint = tmp_path / "last.pt"
     save_checkpoint(checkpoint, segmenter, SegmenterInfo("mask_rcnn", "resnet18", 96, ["a", "b"], [1, 2]))
@@ -176,7 +174,7 @@ def test_a_segmenter_that_cannot_be_traced_is_told_in_one_line(tmp_path, capsys)
         (lambda *found: tuple(each[1:] for each in found), "objects"),
     ],
 )
-def test_a_file_that_finds_something_else_is_not_kept(
+def test_a_file_with_other_detections_is_not_kept(
     checkpoint, photograph, tmp_path, capsys, monkeypatch, damage, named
 ):
     def write(network, size, path):
@@ -184,12 +182,12 @@ def test_a_file_that_finds_something_else_is_not_kept(
         return lambda image: damage(*network(image))
 
     monkeypatch.setitem(export_module._WRITERS, ".pt2", write)
-    told = error_of(arguments(checkpoint, tmp_path / "model.pt2", "--image", str(photograph)), capsys)
-    assert named in told
+    message = error_of(arguments(checkpoint, tmp_path / "model.pt2", "--image", str(photograph)), capsys)
+    assert named in message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_detections_of_nearly_equal_score_may_change_places(checkpoint, photograph, tmp_path, monkeypatch):
+def test_detections_in_another_order_are_accepted(checkpoint, photograph, tmp_path, monkeypatch):
     def write(network, size, path):
         path.write_bytes(b"right")
         return lambda image: tuple(each.flip(0) for each in network(image))
@@ -230,6 +228,7 @@ class _Suppress(nn.Module):
         return suppress_in_groups(boxes, scores, group, 0.6)
 
 
+@pytest.mark.filterwarnings("ignore:`create_unbacked_symint` is deprecated:FutureWarning")  # torchvision's
 @pytest.mark.parametrize("count", [0, 1, 400])
 def test_traced_suppression_is_that_of_torchvision(count):
     generator = torch.Generator().manual_seed(0)
@@ -250,7 +249,7 @@ class _Order(nn.Module):
         return down, up.values, up.indices, torch.searchsorted(row, row)
 
 
-def test_onnx_sorts_and_searches_as_torch_does_ties_included(tmp_path):
+def test_onnx_operators_equal_torch_s_also_for_ties(tmp_path):
     values = torch.tensor([[2.0, 1, 2, 0, 1, 2], [5, 5, 5, 5, 5, 5], [0, 1, 0, 1, 0, 1]])
     program = torch.export.export(_Order(), (values,))
     torch.onnx.export(program, dynamo=True, verbose=False, custom_translation_table=onnx_operators()).save(

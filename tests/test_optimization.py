@@ -65,7 +65,7 @@ def test_learning_rates_are_those_of_the_closed_form(warmup, milestones, optimiz
     assert rates(values, 80) == pytest.approx(expected, rel=1e-12, abs=0)
 
 
-def test_the_backbone_s_rate_goes_with_the_other():
+def test_the_backbone_s_rate_follows_the_same_schedule():
     values = made(lr=0.01, steps=20, lr_warmup_steps=4, backbone_lr_factor=0.1)
     optimizer = build_optimizer(Tiny(), values)
     schedule = build_schedule(optimizer, values)
@@ -76,7 +76,7 @@ def test_the_backbone_s_rate_goes_with_the_other():
         schedule.step()
 
 
-def test_no_warm_up_begins_at_the_full_rate():
+def test_without_warm_up_the_first_rate_is_the_peak_rate():
     assert rates(made(lr=0.25, lr_warmup_steps=0, lr_steps=(2,)), 4) == [0.25, 0.25, 0.025, 0.025]
 
 
@@ -87,8 +87,8 @@ def test_the_warm_up_scales_with_the_run(steps, expected):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_decay_shrinks_weights_and_neither_norms_nor_biases_nor_places(optimizer):
-    """Without a gradient, one step leaves 1 − lr · decay of a weight; so the backbone's rate shows too."""
+def test_only_weights_of_linear_and_convolutional_layers_decay(optimizer):
+    """Without gradient, a step multiplies a weight by 1 − lr · decay, with the backbone's own lr."""
     model = Tiny()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -122,7 +122,7 @@ def test_sgd_has_the_momentum_of_the_published_schedules():
         assert model.weight.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_is_frozen_is_not_optimized():
+def test_frozen_parameters_are_not_optimized():
     model = Tiny()
     model.backbone.requires_grad_(False)
     optimizer = build_optimizer(model, made())
@@ -130,13 +130,13 @@ def test_what_is_frozen_is_not_optimized():
     assert held == {id(p) for p in model.parameters() if p.requires_grad}
 
 
-def test_a_rate_of_its_own_needs_a_backbone():
+def test_a_backbone_rate_without_a_backbone_is_refused():
     with pytest.raises(InputError, match=r"backbone_lr_factor is 0\.1.*tiny.*leave") as caught:
         build_optimizer(nn.Conv2d(3, 3, 1), made(backbone_lr_factor=0.1))
     assert "\n" not in str(caught.value)
 
 
-def test_milestones_that_are_never_reached_are_told(caplog):
+def test_milestones_that_are_never_reached_are_warned_of(caplog):
     build_schedule(build_optimizer(Tiny(), made()), made(steps=20, lr_steps=(20, 30)))
     assert "never falls" in caplog.text
     caplog.clear()

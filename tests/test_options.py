@@ -1,4 +1,4 @@
-"""Options that are declared once: what the command line, the checks and the docs make of a field."""
+"""Options declared once: a field on the command line, in the checks and in the docs."""
 
 import argparse
 import math
@@ -35,7 +35,7 @@ def parsed(*arguments: str) -> dict[str, Any]:
     return vars(parser.parse_args(arguments))
 
 
-def test_the_command_line_gives_what_was_given_in_the_field_s_type():
+def test_the_command_line_gives_only_given_options_in_their_types():
     assert parsed() == {}
     arguments = "--data a/b --steps 3 --rate 1 --sides 4 5 --kind mask --weights c.pt --warmup 2"
     given = parsed(*arguments.split())
@@ -73,14 +73,14 @@ def test_a_default_may_depend_on_other_options():
         ("warmup", "1", "a whole number"),
     ],
 )
-def test_a_value_that_is_not_allowed_is_told_with_option_value_and_range(name, value, allowed):
+def test_the_error_for_an_invalid_value_names_option_value_and_range(name, value, allowed):
     with pytest.raises(InputError) as caught:
         Settings(**{"data": Path("a"), name: value})
     assert str(caught.value) == f"{name} is {value!r}: give {allowed}"
 
 
 @pytest.mark.parametrize(("name", "value"), [("rate", 1), ("rate", 1e-9), ("steps", 1), ("sides", ())])
-def test_bounds_themselves_are_allowed(name, value):
+def test_inclusive_bounds_are_allowed(name, value):
     assert getattr(Settings(**{"data": Path("a"), name: value}), name) == value
 
 
@@ -108,7 +108,7 @@ def test_the_table_has_a_row_for_every_option_and_one_for_every_group():
 
 
 def test_the_table_in_the_docs_is_that_of_the_settings():
-    """Otherwise: python -m boxteacher.engine.options docs/command_line.md."""
+    """If not: python -m boxteacher.engine.options docs/command_line.md."""
     assert options_table(TrainSettings) in (DOCS / "command_line.md").read_text()
 
 
@@ -139,7 +139,7 @@ def test_the_table_in_the_docs_is_that_of_the_settings():
         ("teacher_size", (800, 640)),
     ],
 )
-def test_settings_of_a_run_that_make_no_sense_are_named_in_one_line(name, value):
+def test_an_invalid_setting_of_a_run_is_named_in_one_line(name, value):
     with pytest.raises(InputError, match=f"^{name} is ") as caught:
         TrainSettings(**{"model": "condinst", "data": Path(), "output": Path(), name: value})
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Pictures and results of single images."""
+"""Prediction: images with masks drawn on them, and COCO results."""
 
 import json
 import shutil
@@ -9,26 +9,29 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 from boxteacher.cli import main
-from boxteacher.engine.drawing import contact_sheet, draw_detections
+from boxteacher.engine.drawing import draw_detections, picture_grid
 from tests.engine_support import (
     error_of,
 )
 
 
-def test_prediction_never_writes_over_an_image_that_it_reads(talkative, shapes, tmp_path, capsys):
+def test_prediction_never_overwrites_its_input(checkpoint_with_detections, shapes, tmp_path, capsys):
     image = tmp_path / "photograph.png"
     shutil.copy(sorted((shapes / "val").iterdir())[0], image)
     before = image.read_bytes()
-    error_of(["predict", str(talkative), str(image), "--output", str(tmp_path)], capsys)
+    error_of(["predict", str(checkpoint_with_detections), str(image), "--output", str(tmp_path)], capsys)
     assert image.read_bytes() == before
 
 
-def test_prediction_draws_each_image_and_writes_coco_results(talkative, shapes, tmp_path, capsys):
+def test_prediction_draws_masks_on_each_image_and_writes_coco_results(
+    checkpoint_with_detections, shapes, tmp_path, capsys
+):
     images = sorted((shapes / "val").iterdir())[:2]
     large = tmp_path / "large.jpg"
     Image.fromarray((np.random.default_rng(0).random((90, 150, 3)) * 255).astype(np.uint8)).save(large)
-    arguments = ["predict", str(talkative), *map(str, [*images, large]), "--output", str(tmp_path / "out")]
-    assert main([*arguments, "--score-threshold", "0.3"]) == 0
+    arguments = [str(checkpoint_with_detections), *map(str, [*images, large])]
+    output = ["--output", str(tmp_path / "out")]
+    assert main(["predict", *arguments, *output, "--score-threshold", "0.3"]) == 0
     file = tmp_path / "out" / "results.json"
     assert capsys.readouterr().out.splitlines()[-1] == str(file)
     results = json.loads(file.read_text())
@@ -53,7 +56,7 @@ def test_prediction_draws_each_image_and_writes_coco_results(talkative, shapes, 
             assert y + h <= height + 0.02
 
 
-def test_prediction_of_nothing_still_draws_the_image(run, shapes, tmp_path):
+def test_prediction_without_detections_writes_the_image(run, shapes, tmp_path):
     image = sorted((shapes / "val").iterdir())[0]
     out = tmp_path / "out"
     assert (
@@ -64,7 +67,7 @@ def test_prediction_of_nothing_still_draws_the_image(run, shapes, tmp_path):
     assert (out / f"{image.stem}.png").is_file()
 
 
-def test_a_picture_without_detections_is_the_image():
+def test_detections_below_the_threshold_are_not_drawn():
     image = torch.rand(3, 20, 30)
     detections = {
         "boxes": torch.tensor([[2.0, 2, 12, 12]]),
@@ -77,9 +80,9 @@ def test_a_picture_without_detections_is_the_image():
     assert (drawn != (image * 255).to(torch.uint8)).any(0).float().mean() > 0.9
 
 
-def test_a_contact_sheet_holds_every_picture():
+def test_a_picture_grid_holds_every_picture():
     pictures = [torch.full((3, 5 + i, 8), 10 * i, dtype=torch.uint8) for i in range(5)]
-    sheet = contact_sheet(pictures, columns=2)
-    assert sheet.shape == (3, 3 * (9 + 4) + 4, 2 * (8 + 4) + 4)
+    grid = picture_grid(pictures, columns=2)
+    assert grid.shape == (3, 3 * (9 + 4) + 4, 2 * (8 + 4) + 4)
     for i, picture in enumerate(pictures):
-        assert (sheet[0] == 10 * i).sum() == picture[0].numel()
+        assert (grid[0] == 10 * i).sum() == picture[0].numel()

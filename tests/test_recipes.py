@@ -1,4 +1,4 @@
-"""Recipes: the published schedules, changed by whatever the command line says."""
+"""Recipes: the published schedules, and options that override them."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def differing(actual: TrainSettings, expected: dict[str, Any]) -> dict[str, Any]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_row_has_its_table_s_values(name):
+def test_a_published_recipe_has_the_published_settings(name):
     backbone, schedule, optimizer, val, test_dev = PUBLISHED[name]
     expected = {"model": "condinst", "backbone": backbone, "mask_samples": 64, **schedule, **optimizer}
     expected |= {"batch_size": 16, "shortest_side": SIDES, "image_size": 1333, "lr_warmup_steps": 1000}
@@ -69,14 +69,14 @@ def test_a_published_row_has_its_table_s_values(name):
     made = settings_of(name)
     assert differing(made, expected) == {}
     assert (made.supervision, made.weights) == ("teacher", "imagenet")
-    # The released code's, which the length of the run leads to.
+    # Those of the released code, which are the defaults for this number of steps.
     released = {"warmup_steps": 10_000, "pseudo_warmup_steps": 10_000, "momentum": 0.999}
     assert differing(made, released) == {}
     assert find_recipe(name).summary.endswith(f"published mask AP: val {val}, test-dev {test_dev}.")
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_another_segmenter_has_its_own_schedule_and_claims_no_figure(name):
+def test_a_recipe_of_another_segmenter_has_its_own_schedule_and_no_published_ap(name):
     expected = {"backbone": "resnet50", "batch_size": 16, "shortest_side": SIDES, **OTHERS[name]}
     assert differing(settings_of(name), expected) == {}
     assert find_recipe(name).summary.endswith("no AP from boxes alone is published.")
@@ -85,7 +85,7 @@ def test_another_segmenter_has_its_own_schedule_and_claims_no_figure(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_builds_its_segmenter_and_its_optimizer(name):
     made = settings_of(name)
-    # torchvision's Mask R-CNN reads the values of its mean and deviation, which the meta device has not.
+    # torchvision's Mask R-CNN reads the values of its mean and std, which the meta device does not have.
     with torch.device("cpu" if made.model == "mask_rcnn" else "meta"):
         segmenter = build_segmenter(
             made.model,
@@ -107,7 +107,7 @@ def test_the_list_names_every_recipe_with_its_summary(capsys):
     assert all(summary == find_recipe(name).summary for name, summary in rows)
 
 
-def test_an_unknown_recipe_is_answered_with_their_names(capsys):
+def test_the_error_for_an_unknown_recipe_lists_all_names(capsys):
     for name in ("condinst_r50_2x", "", "__init__", "condinst_r50_1x.py"):
         message = error_of(["train", "--recipe", name, "--data", "coco"], capsys)
         assert all(known in message for known in (repr(name), *NAMES))
@@ -115,7 +115,7 @@ def test_an_unknown_recipe_is_answered_with_their_names(capsys):
             find_recipe(name)
 
 
-def test_a_recipe_is_not_changed_by_who_uses_it():
+def test_changing_a_recipe_s_settings_does_not_change_the_recipe():
     find_recipe("condinst_r50_1x").settings["lr"] = 5.0
     assert find_recipe("condinst_r50_1x").settings["lr"] == 0.01
 
@@ -129,7 +129,7 @@ def test_without_a_recipe_model_and_output_must_be_given(capsys):
 
 
 count = st.integers(1, 10**6)
-UNLIKE_THE_OTHERS: dict[str, st.SearchStrategy[Any]] = {
+SPECIAL_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "device": st.just("cpu"),
     "lr_steps": st.sets(count, max_size=3).map(sorted).map(tuple),
     "teacher_size": st.just(()) | st.tuples(count, count).map(sorted).map(tuple),
@@ -137,8 +137,8 @@ UNLIKE_THE_OTHERS: dict[str, st.SearchStrategy[Any]] = {
 
 
 def values_of(option: Option) -> st.SearchStrategy[Any]:
-    if option.name in UNLIKE_THE_OTHERS:
-        return UNLIKE_THE_OTHERS[option.name]
+    if option.name in SPECIAL_VALUES:
+        return SPECIAL_VALUES[option.name]
     low, high = max(option.minimum, option.above + 1e-6, -1e6), min(option.maximum, 1e6)
     kinds = {
         int: st.integers(math.ceil(low), math.floor(high)),
@@ -157,8 +157,8 @@ VALUES = {option.name: values_of(option) for option in options_of(TrainSettings)
 
 @settings(max_examples=150, deadline=None)
 @given(name=st.none() | st.sampled_from(NAMES), changes=st.fixed_dictionaries({}, optional=VALUES))
-def test_what_the_command_line_says_wins_and_all_else_is_the_recipe_s(name, changes):
-    """With a recipe and without one, where all else is the default."""
+def test_options_override_the_recipe_or_the_defaults_and_nothing_else(name, changes):
+    """With a recipe, and without one."""
     required = {"data": Path("coco")} if name else {"data": Path(), "model": "x", "output": Path("run")}
     changes = {**required, **changes}
     arguments = ["train", *(["--recipe", name] if name else [])]
@@ -174,7 +174,7 @@ def test_what_the_command_line_says_wins_and_all_else_is_the_recipe_s(name, chan
 
 
 def test_a_recipe_and_data_are_the_whole_command(shapes, tmp_path, monkeypatch):
-    """Made tiny; ends in `runs/NAME`, which is then evaluated."""
+    """With tiny settings; the run is in `runs/NAME` and can be evaluated."""
     monkeypatch.chdir(tmp_path)
     tiny = "--backbone resnet18 --steps 2 --batch-size 1 --weights none --workers 0"
     tiny += " --image-size 96 --shortest-side 56 64"
@@ -192,7 +192,7 @@ def test_a_recipe_and_data_are_the_whole_command(shapes, tmp_path, monkeypatch):
 
 
 class SeesSizes(torch.nn.Module):
-    """Detects nothing, and keeps the sizes of what it was shown."""
+    """Detects nothing and records the sizes of its images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,10 +209,10 @@ class SeesSizes(torch.nn.Module):
 @pytest.mark.parametrize(
     ("shortest_side", "size"), [(48, (3, 48, 72)), (80, (3, 64, 96)), (None, (3, 64, 96))]
 )
-def test_evaluation_and_prediction_keep_to_the_shortest_side_of_training(
+def test_evaluation_and_prediction_use_the_shortest_side_of_the_checkpoint(
     tmp_path, monkeypatch, shortest_side, size
 ):
-    """An image of 120 × 80 pixels, and a longest side of 96 at most."""
+    """An image of 120 × 80 pixels, and a longest side of at most 96."""
     (tmp_path / "val").mkdir()
     write_picture(tmp_path / "val" / "1.png", torch.zeros(3, 80, 120, dtype=torch.uint8))
     content = {

@@ -28,7 +28,7 @@ HALVES = torch.tensor([0.2, 0.5, 0.9]).view(3, 1, 1).repeat(1, 16, 16)
 HALVES[..., 8:] = torch.tensor([0.6, 0.3, 0.1]).view(3, 1, 1)
 
 
-def test_a_run_leaves_a_checkpoint_its_settings_and_a_line_per_step(run, shapes):
+def test_a_run_writes_a_checkpoint_its_settings_and_a_line_per_step(run, shapes):
     assert {"last.pt", "settings.json", "log.jsonl"} <= {path.name for path in run.iterdir()}
     assert not list(run.glob("*.partial"))
     made_with = json.loads((run / "settings.json").read_text())
@@ -46,7 +46,7 @@ def test_a_run_leaves_a_checkpoint_its_settings_and_a_line_per_step(run, shapes)
         assert 0 <= line["confidence"] <= 1
 
 
-def test_the_checkpoint_is_the_trained_teacher_in_a_file_of_plain_values(run):
+def test_the_checkpoint_loads_with_weights_only_and_builds_its_segmenter(run):
     segmenter, info = load_checkpoint(run / "last.pt")
     assert info == SegmenterInfo(
         "condinst", "resnet18", 64, ["disc", "triangle", "star", "cross"], [1, 2, 3, 4]
@@ -58,7 +58,7 @@ def test_the_checkpoint_is_the_trained_teacher_in_a_file_of_plain_values(run):
 
 
 @pytest.mark.parametrize("supervision", ["teacher", "box"])
-def test_training_without_masks_in_the_file_is_the_same_to_the_last_bit(shapes, run, tmp_path, supervision):
+def test_training_from_boxes_is_the_same_to_the_bit_without_masks(shapes, run, tmp_path, supervision):
     stripped = edited(shapes, tmp_path / "stripped", "train", without_masks)
     assert main(train_arguments(stripped, tmp_path / "without", "--supervision", supervision)) == 0
     if supervision == "teacher":
@@ -91,7 +91,7 @@ def test_mask_supervision_reads_masks(shapes, tmp_path, capsys):
     assert "segmentation" in message
 
 
-def test_the_settings_scale_with_the_length_of_a_run():
+def test_momentum_and_warm_ups_scale_with_the_number_of_steps():
     def model_of(steps: int, supervision: str = "teacher", **more: Any) -> Any:
         made = TrainSettings(
             "condinst", Path(), Path(), "resnet18", supervision=supervision, steps=steps, **more
@@ -111,7 +111,7 @@ def test_the_settings_scale_with_the_length_of_a_run():
 
 
 @pytest.mark.parametrize("name", ["condinst", "solov2", "mask_rcnn"])
-def test_the_number_of_mask_samples_reaches_those_that_sample(name):
+def test_mask_samples_reach_the_segmenters_that_sample_masks(name):
     def built(**more: Any) -> Any:
         return build_segmenter(name, 2, backbone="resnet18", weights="none", image_size=64, **more)
 
@@ -119,20 +119,20 @@ def test_the_number_of_mask_samples_reaches_those_that_sample(name):
     assert built().max_samples == built(mask_samples=0).max_samples > 3
 
 
-def test_mask_samples_for_a_segmenter_that_takes_every_mask_are_refused(shapes, tmp_path, capsys):
+def test_mask_samples_for_a_segmenter_that_does_not_sample_are_refused(shapes, tmp_path, capsys):
     arguments = [*train_arguments(shapes, tmp_path / "run"), "--model", "mask2former", "--mask-samples", "8"]
     message = error_of(arguments, capsys)
     assert all(part in message for part in ("mask_samples is 8", "mask2former", "leave it out"))
 
 
-def test_the_student_s_view_is_the_one_that_was_asked_for():
+def test_the_augmentation_option_selects_color_jitter_and_blur():
     def views(augmentation: Any) -> list[torch.Tensor]:
         made = TrainSettings("condinst", Path(), Path(), augmentation=augmentation)
         torch.manual_seed(0)
         return supervise(SEGMENTER, made).augmentation([HALVES] * 40)
 
     def blurred(view: torch.Tensor) -> bool:
-        """Colours alone leave both halves flat; a blur smears the edge between them."""
+        """Whether a half is not uniform: color jitter keeps it so, blur does not."""
         return any(float(half.flatten(1).std(1).max()) > 1e-4 for half in view.split(8, 2))
 
     assert all(torch.equal(view, HALVES) for view in views("none"))
@@ -148,7 +148,7 @@ def weights_before_training() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("clip", [0.0, 1e-2])
-def test_one_step_of_sgd_goes_as_far_as_its_clipped_gradient(shapes, tmp_path, clip):
+def test_a_step_of_sgd_has_the_length_of_the_clipped_gradient_times_lr(shapes, tmp_path, clip):
     more = "--supervision box --steps 1 --optimizer sgd --lr 0.1 --lr-warmup-steps 0 --weight-decay 0"
     arguments = [*train_arguments(shapes, tmp_path), *more.split(), "--gradient-clip", str(clip)]
     assert main(arguments) == 0
@@ -157,12 +157,12 @@ def test_one_step_of_sgd_goes_as_far_as_its_clipped_gradient(shapes, tmp_path, c
     after = torch.load(tmp_path / "last.pt", weights_only=True)["weights"]
     before = weights_before_training()
     moved = sum(float((after[name] - before[name]).double().square().sum()) for name in before)
-    # float32 weights of about 1 round each step of 1e-5 and less to about 1 %, independently
+    # In float32, changes of 1e-5 and less of weights of about 1 are rounded to about 1 %, independently.
     expected = 0.1 * (clip or line["gradient_norm"])
     assert math.sqrt(moved) == pytest.approx(expected, rel=1e-2)
 
 
-def test_one_image_of_one_cell_is_refused_before_a_batch_norm_fails(shapes, tmp_path, capsys):
+def test_a_batch_of_one_image_of_one_cell_is_refused(shapes, tmp_path, capsys):
     arguments = [
         *train_arguments(shapes, tmp_path),
         "--steps",
@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert len(log_of(tmp_path / "run")) == 2
 
 
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(shapes, tmp_path, capsys, monkeypatch):
+def test_a_gradient_that_is_not_finite_does_not_change_the_weights(shapes, tmp_path, capsys, monkeypatch):
     forward = BoxTeacher.forward
 
     def poisoned(self: BoxTeacher, *args: Any) -> Any:
@@ -222,7 +222,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(shapes, tmp_pat
     assert all(torch.isfinite(p).all() for p in segmenter.parameters())
 
 
-def test_settings_json_holds_what_was_resolved(run):
+def test_settings_json_holds_resolved_defaults(run):
     settings = json.loads((run / "settings.json").read_text())
     expected = {"lr_warmup_steps": 1, "warmup_steps": 0, "pseudo_warmup_steps": 3, "momentum": 0.0}
     assert {name: settings[name] for name in expected} == expected
@@ -230,7 +230,7 @@ def test_settings_json_holds_what_was_resolved(run):
     assert None not in settings.values()
 
 
-def test_a_run_that_diverges_by_itself_stops(shapes, tmp_path, capsys):
+def test_a_diverging_run_stops(shapes, tmp_path, capsys):
     arguments = train_arguments(shapes, tmp_path / "run", "--lr", "1e30", "--steps", "8")
     message = error_of(arguments, capsys, code=3)
     assert "loss_" in message or "gradient_norm" in message

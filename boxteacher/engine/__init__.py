@@ -1,1 +1,1 @@
-"""Training, evaluation and prediction: plain users of the core."""
+"""Training, evaluation, prediction and export of segmenters, on top of the core."""

@@ -1,4 +1,4 @@
-"""The training split, and its batches: a function of the run's seed and the position in the run alone."""
+"""The training split, and its batches, which depend on the run's seed and the position in the run alone."""
 
 import logging
 import math
@@ -50,8 +50,8 @@ def check_queries(student: nn.Module, settings: TrainSettings, data: InstanceDat
     boxes, image = data.index.max_boxes()
     if boxes > queries:
         raise InputError(
-            f"{image} has {boxes} boxes, but {settings.model} finds {queries} objects at most, one a query: "
-            "take such images out of the training split, or choose another --model"
+            f"{image} has {boxes} boxes, but {settings.model} detects at most {queries} objects, one per "
+            "query: remove such images from the training split, or choose another --model"
         )
 
 
@@ -60,12 +60,12 @@ def training_batches(
 ) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
     """Images and targets of each step, on the run's device.
 
-    They depend neither on the number of workers nor on where the run began.
+    They are the same for any number of workers and for any `start`.
 
     Args:
         data: training split.
         settings: settings of the run.
-        start: number of steps that have been taken already.
+        start: number of steps already taken.
     """
     positions = range(start * settings.batch_size, settings.steps * settings.batch_size)
     loader = DataLoader(
@@ -82,12 +82,12 @@ def training_batches(
 
 
 def sample_order(size: int, seed: int, positions: range) -> Iterator[tuple[int, int]]:
-    """Positions in a run, each with the index of its image: every epoch is a permutation of its own.
+    """Positions in a run, each with the index of its image; every epoch is another permutation of the images.
 
     Args:
         size: number of images.
         seed: seed of the run.
-        positions: positions, in rising order; position 0 is the run's first sample.
+        positions: positions in ascending order; position 0 is the run's first sample.
     """
     epoch, order = -1, torch.empty(0)
     for position in positions:
@@ -99,9 +99,9 @@ def sample_order(size: int, seed: int, positions: range) -> Iterator[tuple[int, 
 
 
 class SeededSamples(Dataset[tuple[Tensor, dict[str, Any]]]):
-    """Samples by position and index; their random transform depends on seed and position alone.
+    """Samples by position and index; the random transform of each depends on seed and position alone.
 
-    The target gets the image's `file_name`, for messages.
+    Targets get the image's `file_name`, for error messages.
     """
 
     def __init__(self, data: InstanceDataset, seed: int) -> None:
@@ -118,5 +118,5 @@ class SeededSamples(Dataset[tuple[Tensor, dict[str, Any]]]):
 
 
 def _seed_of(*numbers: int) -> int:
-    """32 bits, which is what torch's generator takes of a seed."""
+    """One seed of 32 bits, as many as torch's generator uses."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -1,4 +1,4 @@
-"""A trained segmenter in a file, with all that is needed to build and to use it."""
+"""Checkpoints: a segmenter's weights, with all that is needed to build and use it."""
 
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -19,16 +19,16 @@ _FORMAT = "boxteacher segmenter 1"
 
 @dataclass(frozen=True)
 class SegmenterInfo:
-    """What a checkpoint says of its segmenter.
+    """A checkpoint's description of its segmenter.
 
     Attributes:
         model: name of the segmenter that `build_segmenter` knows.
         backbone: name of its backbone.
-        image_size: longest side in pixels of the images that it was trained on.
+        image_size: longest side in pixels of its training images.
         class_names: names of the labels 0 … C−1.
         category_ids: COCO category ids of the labels.
-        shortest_side: shortest side in pixels of the images in evaluation, as far as the longest is at most
-            `image_size`; None if the longest is `image_size`.
+        shortest_side: shortest side in pixels of the images in evaluation, unless the longest would exceed
+            `image_size`; None to resize the longest side to `image_size`.
     """
 
     model: str
@@ -49,10 +49,9 @@ class SegmenterInfo:
 
 
 def save_checkpoint(path: Path, segmenter: nn.Module, info: SegmenterInfo) -> None:
-    """Writes the segmenter's weights and description; a crash leaves the former file as it was.
+    """Writes the segmenter's weights and description; a crash leaves an earlier file as it was.
 
-    The record that a part of the segmenter keeps as `preprocessing` (a backbone's channel order, mean and
-    std) goes with them.
+    The backbone's `preprocessing` (channel order, mean and std) is saved with them.
     """
     content = {
         "format": _FORMAT,
@@ -67,8 +66,8 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, SegmenterInfo]:
     """Builds the segmenter of a checkpoint, in evaluation mode, on the CPU.
 
     Raises:
-        InputError: the file is missing, broken, or not a checkpoint of this library, or holds the weights
-            of another model than it says, or weights that were trained on images of another preprocessing.
+        InputError: the file is missing, broken or not a checkpoint of this library, or its weights do not fit
+            the model that it describes, or were trained with another preprocessing.
     """
     content = _read(path)
     try:
@@ -95,15 +94,15 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, SegmenterInfo]:
     trained_with, built_with = content.get("preprocessing"), _preprocessing(segmenter)
     if trained_with not in (None, built_with):  # None: written before checkpoints kept the record
         raise InputError(
-            f"{path}: was trained on images as {trained_with}, and {info.backbone} takes them as "
-            f"{built_with}; use the version of this library that wrote it, or train anew"
+            f"{path}: was trained with preprocessing {trained_with}, but {info.backbone} now has "
+            f"{built_with}; use the version of this library that wrote it, or train again"
         )
     segmenter.load_state_dict(weights)
     return segmenter.eval(), info
 
 
 def _preprocessing(segmenter: nn.Module) -> dict[str, Any] | None:
-    """The record of the segmenter's backbone; None where no part of it keeps one."""
+    """The `preprocessing` of the segmenter's backbone, if it has one."""
     for module in segmenter.modules():
         record = getattr(module, "preprocessing", None)
         if is_dataclass(record) and not isinstance(record, type):
@@ -112,7 +111,7 @@ def _preprocessing(segmenter: nn.Module) -> dict[str, Any] | None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a file says that it is a checkpoint of this library."""
+    """Whether a file is a checkpoint of this library."""
     try:
         _read(path)
     except InputError:
@@ -128,7 +127,7 @@ def _read(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch.load raises whatever the broken byte leads to
         raise InputError(
             f"{path}: cannot be read as a checkpoint ({type(error).__name__}); it is truncated or not one: "
-            "copy it again or train anew"
+            "copy it again or train again"
         ) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise InputError(

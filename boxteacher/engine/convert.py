@@ -1,4 +1,4 @@
-"""Weights that others released, written as this library writes its own."""
+"""Conversion of released weights to checkpoints of this library."""
 
 from pathlib import Path
 
@@ -12,22 +12,22 @@ from boxteacher.engine.weights import fill, read_released
 from boxteacher.errors import InputError
 from boxteacher.state_dicts import SegmenterWeights, first_names
 
-# COCO's usual size, which released segmenters were trained and measured with.
+# COCO's usual size, with which the released segmenters were trained and evaluated.
 _LONGEST_SIDE, _SHORTEST_SIDE = 1333, 800
 
 
 def convert(source: Path, destination: Path) -> str:
-    """Writes released weights as a checkpoint to evaluate, or, of a backbone alone, as its state dict.
+    """Writes released weights as a checkpoint, or those of a backbone alone as its state dict.
 
     Args:
         source: file of released weights; see `boxteacher.engine.weights.read_released`.
         destination: file to write; it must not exist.
 
     Returns:
-        Words for what the file holds and what became of its entries, in one line.
+        One line about what the file is and what became of its entries.
 
     Raises:
-        InputError: the file cannot be read, is of an unknown kind, or does not fit; nothing is written.
+        InputError: the file cannot be read, is not known, or does not fit; nothing is written.
     """
     check_new_file(destination)
     if is_checkpoint(source):
@@ -41,10 +41,10 @@ def convert(source: Path, destination: Path) -> str:
         )
     if released.model is None:
         write_atomically(destination, lambda path: torch.save(released.weights, path))
-        use = f"give it as --weights with --backbone {released.backbone}"
+        use = f"use it as --weights with --backbone {released.backbone}"
     else:
         _write_segmenter(released.model, released, source, destination)
-        use = "evaluate it, or give it as --weights"
+        use = "evaluate it, or use it as --weights"
     entries = f"{len(released.weights)} entries"
     if unneeded := released.left_out:
         entries += f", and {len(unneeded)} that the network does not need ({first_names(unneeded)})"
@@ -71,6 +71,6 @@ def _write_segmenter(model: str, whole: SegmenterWeights, source: Path, destinat
 
 
 def coco_categories() -> dict[int, str]:
-    """Names of the 80 categories that COCO's detection data is annotated with, by id; the ids have gaps."""
+    """Names of COCO's 80 detection categories, by id; the ids have gaps."""
     names = MaskRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
     return {i: name for i, name in enumerate(names) if name not in ("__background__", "N/A")}

@@ -1,4 +1,4 @@
-"""The demonstration: a data set of its own, boxes alone, masks in a few minutes."""
+"""The demo: renders a data set, trains on its boxes alone, evaluates, and shows masks, in a few minutes."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import torch
 
 from boxteacher.data import InstanceDataset, evaluation_transform, read_split, write_shapes
 from boxteacher.engine.checkpoint import load_checkpoint
-from boxteacher.engine.drawing import contact_sheet, draw_detections, write_picture
+from boxteacher.engine.drawing import draw_detections, picture_grid, write_picture
 from boxteacher.engine.evaluate import Evaluation, evaluate
 from boxteacher.engine.settings import TrainSettings
 from boxteacher.engine.train import train
@@ -16,9 +16,9 @@ _SHOWN_SCORE = 0.6
 
 
 def run_demo(output: Path, *, steps: int) -> tuple[Evaluation, Path]:
-    """Draws `output/data`, trains CondInst on its boxes in `output/run`, evaluates, and draws masks.
+    """Renders `output/data`, trains CondInst on its boxes in `output/run`, evaluates, and draws masks.
 
-    The backbone and its weights come with the extra `timm`; nothing is downloaded.
+    The extra `timm` brings the backbone and its weights; nothing is downloaded.
 
     Returns:
         The evaluation, and the path of the picture.
@@ -42,12 +42,13 @@ def run_demo(output: Path, *, steps: int) -> tuple[Evaluation, Path]:
     checkpoint = train(settings)
     evaluation = evaluate(checkpoint, data, workers=0)
     picture = output / "masks.png"
-    write_picture(picture, _sheet(checkpoint, data))
+    write_picture(picture, _predictions(checkpoint, data))
     return evaluation, picture
 
 
 @torch.inference_mode()
-def _sheet(checkpoint: Path, data: Path) -> torch.Tensor:
+def _predictions(checkpoint: Path, data: Path) -> torch.Tensor:
+    """Validation images at twice their size, with detections drawn on them, in rows of four."""
     segmenter, info = load_checkpoint(checkpoint)
     images = InstanceDataset(read_split(data, "val"), transform=evaluation_transform(2 * info.image_size))
     pictures = []
@@ -58,4 +59,4 @@ def _sheet(checkpoint: Path, data: Path) -> torch.Tensor:
         enlarged = torch.nn.functional.interpolate(detections["masks"], large.shape[-2:], mode="bilinear")
         detections = {**detections, "boxes": detections["boxes"] * 2, "masks": enlarged}
         pictures.append(draw_detections(large, detections, info.class_names, _SHOWN_SCORE))
-    return contact_sheet(pictures, columns=4)
+    return picture_grid(pictures, columns=4)

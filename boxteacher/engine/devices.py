@@ -1,4 +1,4 @@
-"""Devices of tensors."""
+"""Devices: picked by name, and batches moved to them."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA where there is one, else the CPU.
 
     Raises:
-        InputError: no such device, or it is not there.
+        InputError: the device does not exist or cannot be used.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

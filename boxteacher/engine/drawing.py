@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
@@ -27,13 +28,13 @@ _PALETTE = (
 def draw_detections(
     image: Tensor, detections: Detections, class_names: Sequence[str], score_threshold: float
 ) -> Tensor:
-    """The image with the masks, boxes, classes and scores of its detections, a colour for each.
+    """Draws the masks, boxes, classes and scores of detections on their image, each in a color of its own.
 
     Args:
         image: (3, H, W), RGB in [0, 1].
-        detections: of this image at this size.
-        class_names: of labels 0 … C−1.
-        score_threshold: detections below it are left out.
+        detections: detections in this image, at this size.
+        class_names: names of labels 0 … C−1.
+        score_threshold: minimum score of the detections that are drawn.
 
     Returns:
         (3, H, W) uint8.
@@ -56,11 +57,12 @@ def write_picture(path: Path, picture: Tensor) -> None:
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
 
 
-def contact_sheet(pictures: Sequence[Tensor], columns: int) -> Tensor:
-    """Pictures (3, H_i, W_i) uint8 in rows of `columns`, one picture (3, H, W) uint8."""
+def picture_grid(pictures: Sequence[Tensor], columns: int) -> Tensor:
+    """Arranges pictures (3, H_i, W_i) uint8 in rows of `columns`, as one picture (3, H, W) uint8."""
     height = max(picture.shape[1] for picture in pictures)
     width = max(picture.shape[2] for picture in pictures)
-    canvas = torch.full((len(pictures), 3, height, width), 255, dtype=torch.uint8)
-    for tile, picture in zip(canvas, pictures, strict=True):
-        tile[:, : picture.shape[1], : picture.shape[2]] = picture
-    return make_grid(canvas, nrow=columns, padding=4, pad_value=255)
+    padded = [
+        F.pad(picture, (0, width - picture.shape[2], 0, height - picture.shape[1]), value=255)
+        for picture in pictures
+    ]
+    return make_grid(padded, nrow=columns, padding=4, pad_value=255)

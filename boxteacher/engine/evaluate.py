@@ -31,10 +31,12 @@ Metrics = dict[str, dict[str, float | None] | None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """COCO's tables as text, and AP, AP50 and AP75 in percent: `{"segm": {...} | None, "bbox": {...}}`.
+    """Result of an evaluation.
 
-    `segm` is None where the annotations have no masks to compare with, and a figure is None where there is
-    nothing to find.
+    Attributes:
+        table: COCO's tables as text.
+        metrics: AP, AP50 and AP75 in percent of "segm" and "bbox". "segm" is None if the annotations have no
+            masks; a figure is None if there is no object.
     """
 
     table: str
@@ -42,7 +44,7 @@ class Evaluation:
 
 
 def evaluate(checkpoint: Path, data: Path, *, device: str = "auto", workers: int = 2) -> Evaluation:
-    """Evaluates a checkpoint on the validation split of `data`; `metrics.json` beside it keeps the figures.
+    """Evaluates a checkpoint on the validation split of `data`, and writes `metrics.json` beside it.
 
     Raises:
         InputError: the checkpoint or the data cannot be used.
@@ -72,16 +74,16 @@ def evaluate_segmenter(
     shortest_side: int | None = None,
     workers: int = 2,
 ) -> Evaluation:
-    """Evaluates any segmenter, on the device where it is, on the validation split of `data`.
+    """Evaluates any segmenter on the validation split of `data`, on the device of its parameters.
 
     Args:
-        segmenter: in evaluation mode; maps a list of images to torchvision's detections.
+        segmenter: model in evaluation mode that returns torchvision's detections of a list of images.
         data: folder of the data set.
         image_size: longest side of the images in pixels.
-        class_names: of labels 0 … C−1; a warning tells if the data's are others.
+        class_names: names of labels 0 … C−1; a warning is logged if those of the data differ.
         category_ids: COCO category id of each label.
-        shortest_side: see `evaluation_transform`.
-        workers: processes that load images.
+        shortest_side: shortest side of the images in pixels (see `evaluation_transform`).
+        workers: number of processes that load images.
 
     Raises:
         InputError: the data cannot be used.
@@ -89,12 +91,12 @@ def evaluate_segmenter(
     index = read_split(data, "val", read_masks=True, masks_optional=True, category_ids=category_ids)
     if index.class_names != class_names:
         logger.warning(
-            "%s names the classes %s, the segmenter %s: they are matched by category id",
+            "%s has the classes %s, the segmenter %s: they are matched by category id",
             index.annotations,
             index.class_names,
             class_names,
         )
-    # The truth's masks are compared as run lengths, so no worker has to decode them.
+    # Annotated masks are compared as RLE, so no worker has to decode them.
     images = InstanceDataset(
         replace(index, masks=None), transform=evaluation_transform(image_size, shortest_side)
     )
@@ -107,8 +109,8 @@ def coco_results(
     """One image's detections as COCO results, at the stored image's size.
 
     Args:
-        detections: of the image, possibly at another scale.
-        image_id: COCO's.
+        detections: detections in the image, possibly at another scale.
+        image_id: COCO's id of the image.
         size: height and width of the stored image in pixels.
         category_ids: COCO category id of each label.
     """
@@ -136,14 +138,13 @@ def coco_results(
 
 
 def coco_evaluation(index: DataIndex, results: list[dict[str, Any]]) -> Evaluation:
-    """COCO's evaluation.
+    """COCO's evaluation of boxes, and of masks if any object has one.
 
-    Masks are compared if an object has one; objects without one are then ignored as crowds are. Boxes are
-    compared in any case, and their figures depend on no mask.
+    In the evaluation of masks, objects without a mask are ignored like crowds.
 
     Args:
-        index: the truth, with its masks if they are to be compared.
-        results: as `coco_results` makes them.
+        index: ground truth, with its masks if they are to be compared.
+        results: COCO results, as `coco_results` returns them.
     """
     tables: list[str] = []
     metrics: Metrics = {"segm": None, "bbox": None}
@@ -154,16 +155,16 @@ def coco_evaluation(index: DataIndex, results: list[dict[str, Any]]) -> Evaluati
     for kind in ("bbox",) if index.masks is None else ("segm", "bbox"):
         # pycocotools writes into results, and takes a mask's area from its box if there is one.
         rows = [{k: v for k, v in row.items() if kind == "bbox" or k != "bbox"} for row in results]
-        table, metrics[kind] = _coco_table(_truth(index, kind), rows, kind)
+        table, metrics[kind] = _coco_table(_ground_truth(index, kind), rows, kind)
         tables.append(f"{'Masks' if kind == 'segm' else 'Boxes'}\n{table}")
     return Evaluation("\n".join(tables), metrics)
 
 
-def _truth(index: DataIndex, kind: str) -> dict[str, Any]:
-    """The index as pycocotools reads it from a file."""
+def _ground_truth(index: DataIndex, kind: str) -> dict[str, Any]:
+    """The content of a COCO JSON file with the index's objects."""
     owners = np.repeat(np.arange(len(index)), np.diff(index.starts))  # (M,)
     columns = {
-        "id": range(1, len(owners) + 1),  # pycocotools takes the id 0 for unmatched
+        "id": range(1, len(owners) + 1),  # to pycocotools the id 0 means unmatched
         "image_id": index.image_ids[owners].tolist(),
         "category_id": np.asarray(index.category_ids)[index.labels].tolist(),
         "bbox": box_convert(torch.from_numpy(index.boxes).double(), "xyxy", "xywh").tolist(),
@@ -203,7 +204,7 @@ def _results(segmenter: nn.Module, dataset: InstanceDataset, workers: int) -> li
 
 
 def _rles(masks: Tensor, size: tuple[int, int]) -> list[dict[str, Any]]:
-    """Mask probabilities (K, 1, h, w) as run lengths at another size."""
+    """Mask probabilities (K, 1, h, w) as RLE of another size."""
     rles = []
     for mask in masks.split(16):  # a hundred masks of a large photograph at once would take gigabytes
         enlarged = F.interpolate(mask.float(), size, mode="bilinear", align_corners=False)[:, 0] > 0.5
@@ -230,6 +231,6 @@ def _coco_table(
         printed.truncate(0)
         printed.seek(0)
         evaluation.summarize()
-    # COCO says −1 where there is nothing to find.
+    # pycocotools gives −1 if there is no object.
     ap, ap50, ap75 = (None if value < 0 else round(100 * float(value), 2) for value in evaluation.stats[:3])
     return printed.getvalue().rstrip(), {"AP": ap, "AP50": ap50, "AP75": ap75}

@@ -1,4 +1,4 @@
-"""A trained segmenter in a file that needs no BoxTeacher, checked against the segmenter itself."""
+"""Export of a trained segmenter to a file that needs no BoxTeacher, checked against the segmenter."""
 
 import copy
 import importlib.util
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 OUTPUTS = ("boxes", "labels", "scores", "masks")
 
-# Sums in another order move a probability by 1e-6 to 1e-5. Boxes that are the extents of masks move by whole
-# pixels, where a pixel's probability is all but ½.
-_LARGEST_DIFFERENCE = {"boxes": 1.0, "labels": 0.0, "scores": 1e-3, "masks": 1e-3}
+# Sums in another order change a probability by 1e-6 to 1e-5. Boxes that are the extents of masks change by
+# whole pixels, where a pixel's probability is nearly ½.
+_MAX_DIFFERENCE = {"boxes": 1.0, "labels": 0.0, "scores": 1e-3, "masks": 1e-3}
 
-_Found = tuple[Tensor, ...]
-_Network = Callable[[Tensor], _Found]
+_Outputs = tuple[Tensor, ...]  # those that `OUTPUTS` names
+_Network = Callable[[Tensor], _Outputs]
 
 
 class SingleImage(nn.Module):
@@ -43,10 +43,10 @@ class SingleImage(nn.Module):
         self.segmenter = segmenter
         self.eval()
 
-    def forward(self, image: Tensor) -> _Found:
-        """Of an image (3, H, W): boxes (K, 4), labels (K,), scores (K,), mask probabilities (K, 1, H, W)."""
-        (found,) = self.segmenter([image])
-        return tuple(found[name] for name in OUTPUTS)
+    def forward(self, image: Tensor) -> _Outputs:
+        """Boxes (K, 4), labels (K,), scores (K,) and masks (K, 1, H, W) in [0, 1] of an image (3, H, W)."""
+        (detections,) = self.segmenter([image])
+        return tuple(detections[name] for name in OUTPUTS)
 
 
 def export(
@@ -56,24 +56,24 @@ def export(
     image_size: tuple[int, int] | None = None,
     image: Path | None = None,
 ) -> Path:
-    """Writes a checkpoint's segmenter in the format that the output's suffix names, and checks what it wrote.
+    """Exports a checkpoint's segmenter in the format of the output's suffix, and checks the file.
 
-    `.pt` is the plain state dict. `.pt2` is a program of `torch.export` and `.onnx` one of ONNX: both take an
-    image (3, H, W) of one size, RGB in [0, 1], and give `SingleImage`'s four tensors. The file is loaded
-    again and must find in an image what the segmenter finds there; the largest difference is logged.
+    `.pt` is the plain state dict. `.pt2` is a program of `torch.export` and `.onnx` an ONNX model: both take
+    an image (3, H, W) of one size, RGB in [0, 1], and return the four tensors of `SingleImage`. The file is
+    loaded again and compared with the segmenter on one image; the largest difference is logged.
 
     Args:
         checkpoint: file that `train` wrote.
         output: file to write; it must not exist.
-        image_size: height and width in pixels; a square of the checkpoint's longest side by default.
-        image: image file to check with, resized to `image_size`; random pixels by default.
+        image_size: height and width in pixels; a square of the checkpoint's longest side if not given.
+        image: image file to check with, resized to `image_size`; random pixels if not given.
 
     Returns:
         `output`.
 
     Raises:
-        InputError: the arguments cannot be used, the segmenter cannot be had in that format, or what was
-            written finds something else; there is no file then.
+        InputError: an argument cannot be used, the segmenter cannot be exported in that format, or the file's
+            detections differ from the segmenter's; no file is left.
     """
     _check_output(output)
     segmenter, info = load_checkpoint(checkpoint)
@@ -113,7 +113,7 @@ def _write_state(network: SingleImage, size: tuple[int, int], path: Path) -> _Ne
 
 def _write_program(network: SingleImage, size: tuple[int, int], path: Path) -> _Network:
     program = _trace(network, size)
-    with path.open("wb") as file:  # by its name, torch would take a temporary file for a mistake
+    with path.open("wb") as file:  # given a path, torch.export expects the suffix .pt2
         torch.export.save(program, file)
     with path.open("rb") as file:
         return torch.export.load(file).module()
@@ -137,9 +137,9 @@ def _write_onnx(network: SingleImage, size: tuple[int, int], path: Path) -> _Net
             )
         translated.save(path, external_data=False)
         session: Any = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # exporter and runtime raise whatever an operator that they lack leads to
+    except Exception as error:  # exporter and runtime raise errors of many types for a missing operator
         raise InputError(
-            f"{_name(network)} cannot be had as ONNX ({_summary(error)}): export a .pt2, or weights as .pt"
+            f"{_name(network)} cannot be exported to ONNX ({_summary(error)}): export .pt2, or weights as .pt"
         ) from error
     return lambda image: tuple(map(torch.from_numpy, session.run(list(OUTPUTS), {"image": image.numpy()})))
 
@@ -155,7 +155,7 @@ def _trace(network: SingleImage, size: tuple[int, int]) -> torch.export.Exported
     try:
         with torch.no_grad(), _quiet():
             return torch.export.export(network, (torch.zeros(3, *size),), strict=False)
-    except Exception as error:  # tracing raises whatever the untraceable line leads to
+    except Exception as error:  # tracing raises errors of many types
         raise InputError(
             f"{_name(network)} cannot be traced ({_summary(error)}): export weights as .pt"
         ) from error
@@ -163,7 +163,7 @@ def _trace(network: SingleImage, size: tuple[int, int]) -> torch.export.Exported
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps back what the tracers tell their own developers, whole graphs included; errors are raised."""
+    """Silences the tracers' warnings and logs, which hold whole graphs; errors are raised."""
     silenced = logging.root.manager.disable
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -182,33 +182,33 @@ def _summary(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].strip()
 
 
-def _compare(expected: _Found, actual: _Found, output: Path) -> None:
-    """Logs the largest differences, or raises InputError if one is too large."""
+def _compare(expected: _Outputs, actual: _Outputs, output: Path) -> None:
+    """Logs the largest differences; raises InputError if one is too large."""
     count = len(expected[0])
     if len(actual[0]) != count:
         raise InputError(
-            f"{output} finds {len(actual[0])} objects where the segmenter finds {count}: nothing was "
-            "written; check with another --image, or export weights as .pt"
+            f"{output} detects {len(actual[0])} objects, the segmenter {count}: nothing was written; check "
+            "with another --image, or export weights as .pt"
         )
     if not count:
-        logger.warning("%s: nothing was found to compare: check with --image and an image of objects", output)
+        logger.warning("%s: no object was detected to compare: check with --image PHOTOGRAPH", output)
         return
     order = _counterparts(expected, actual)
     differences = {
         name: float((mine - theirs[order]).abs().max())
         for name, mine, theirs in zip(OUTPUTS, expected, actual, strict=True)
     }
-    said = ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items())
-    if not all(differences[name] <= maximum for name, maximum in _LARGEST_DIFFERENCE.items()):
+    listed = ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items())
+    if not all(differences[name] <= maximum for name, maximum in _MAX_DIFFERENCE.items()):
         raise InputError(
-            f"{output} differs from the segmenter by {said}: nothing was written; check with another "
+            f"{output} differs from the segmenter by {listed}: nothing was written; check with another "
             "--image, or export weights as .pt"
         )
-    logger.info("%s: %d objects in the image checked with, largest difference: %s", output, count, said)
+    logger.info("%s: %d objects compared, largest difference: %s", output, count, listed)
 
 
-def _counterparts(expected: _Found, actual: _Found) -> Tensor:
-    """(K,) int64, the actual detection closest to each expected one: near equals may swap."""
+def _counterparts(expected: _Outputs, actual: _Outputs) -> Tensor:
+    """The actual detection (K,) int64 closest to each expected one: nearly equal scores may swap places."""
     mine, theirs = (
         torch.cat([boxes, labels[:, None], scores[:, None]], 1)
         for boxes, labels, scores, _ in (expected, actual)

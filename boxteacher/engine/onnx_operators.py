@@ -1,4 +1,4 @@
-"""ONNX for the torch operators of segmenters that torch's own exporter does not know."""
+"""ONNX translations of torch operators that torch's exporter lacks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from onnxscript import INT64, opset18
 
-op: Any = opset18  # its annotations are those of ONNX values, which Python numbers may stand for
+op: Any = opset18  # typed for ONNX values, but takes Python numbers too
 
 
 def onnx_operators() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -24,6 +24,6 @@ def _stable_sort(self: Any, stable: bool = True, dim: int = -1, descending: bool
 
 
 def _searchsorted(sorted_sequence: Any, self: Any) -> Any:
-    """`torch.searchsorted` of values (M,) in a sequence (N,), at its defaults: how many are less."""
+    """`torch.searchsorted` of values (M,) in a sequence (N,), at its defaults: the number of smaller ones."""
     less = op.Less(op.Unsqueeze(sorted_sequence, [0]), op.Unsqueeze(self, [1]))  # (M, N)
     return op.ReduceSum(op.Cast(less, to=INT64.dtype), [1], keepdims=0)

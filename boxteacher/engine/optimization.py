@@ -24,8 +24,8 @@ _SGD_MOMENTUM = 0.9
 def build_optimizer(student: nn.Module, settings: TrainSettings) -> Optimizer:
     """AdamW or SGD for the parameters that are trained.
 
-    Only the weights of linear and convolutional layers decay: neither biases and norms nor learnt positions
-    and tables, such as queries, anchors and embeddings, which decay would pull to one point.
+    Only the weights of linear and convolutional layers decay. Biases, norms, and learned queries, anchors and
+    embeddings do not: weight decay would make these equal to one another.
 
     Raises:
         InputError: `backbone_lr_factor` is not 1, and `student` has no `backbone` that is trained.
@@ -33,15 +33,15 @@ def build_optimizer(student: nn.Module, settings: TrainSettings) -> Optimizer:
     named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
     body = [(name, p) for name, p in named if name.startswith("backbone.")]
     head = [(name, p) for name, p in named if not name.startswith("backbone.")]
-    tables = {id(m.weight) for m in student.modules() if isinstance(m, nn.Embedding)}
+    embeddings = {id(m.weight) for m in student.modules() if isinstance(m, nn.Embedding)}
     if settings.backbone_lr_factor != 1 and not body:
         raise InputError(
-            f"backbone_lr_factor is {settings.backbone_lr_factor}, and no parameter of {settings.model} that "
-            "is trained is called backbone.…: leave --backbone-lr-factor out"
+            f"backbone_lr_factor is {settings.backbone_lr_factor}, but {settings.model} has no trainable "
+            "parameter backbone.…: leave --backbone-lr-factor out"
         )
 
     def decays(name: str, parameter: nn.Parameter) -> bool:
-        return parameter.ndim > 1 and name.endswith("weight") and id(parameter) not in tables
+        return parameter.ndim > 1 and name.endswith("weight") and id(parameter) not in embeddings
 
     groups = [
         {
@@ -58,23 +58,23 @@ def build_optimizer(student: nn.Module, settings: TrainSettings) -> Optimizer:
 
 
 def build_schedule(optimizer: Optimizer, settings: TrainSettings) -> LRScheduler:
-    """Linear warm-up; then down to a tenth at each of `lr_steps`, or, without any, in a cosine to nothing."""
+    """Linear warm-up; then a division by 10 after each of `lr_steps`, or, without any, cosine decay to 0."""
     warmup, milestones = settings.lr_warmup_steps, settings.lr_steps
     if milestones and milestones[0] >= settings.steps:
         logger.warning(
-            "the learning rate never falls: lr_steps begin at %d, the run ends at %d",
+            "the learning rate never falls: the first of lr_steps is %d, the run ends at %d",
             milestones[0],
             settings.steps,
         )
-    fall: LRScheduler = (
+    decay: LRScheduler = (
         MultiStepLR(optimizer, milestones, gamma=0.1)
         if milestones
         else CosineAnnealingLR(optimizer, T_max=max(1, settings.steps - warmup))
     )
     if warmup == 0:
-        return fall
-    # The k-th step of the warm-up, counted from 1, has k / warmup of the highest rate.
+        return decay
+    # The k-th step of the warm-up, counted from 1, has k / warmup of the peak rate.
     rise = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
     if milestones:
-        return ChainedScheduler([rise, fall])
-    return SequentialLR(optimizer, [rise, fall], milestones=[warmup])
+        return ChainedScheduler([rise, decay])
+    return SequentialLR(optimizer, [rise, decay], milestones=[warmup])

@@ -1,6 +1,6 @@
-"""Options that are declared once, as fields of a dataclass: the command line, the checks and the docs follow.
+"""Options declared once, as fields of a dataclass, for the command line, the checks and the docs.
 
-`python -m boxteacher.engine.options docs/command_line.md` writes the table of `boxteacher train` anew.
+`python -m boxteacher.engine.options docs/command_line.md` updates the table of `boxteacher train`.
 """
 
 import argparse
@@ -17,16 +17,15 @@ from boxteacher.errors import InputError
 _KINDS = {int: "whole number", float: "number", str: "name", Path: "path"}
 
 
-def option(default: Any = MISSING, **words: Any) -> Any:
-    """A field of a dataclass of options; its annotation is int, float, str, Path, Literal, Path | Literal, or
-    a tuple of one of those.
+def option(default: Any = MISSING, **attributes: Any) -> Any:
+    """A field of a dataclass of options, of type int, float, str, Path, Literal, Path | Literal, or a tuple.
 
     Args:
-        default: value, or a function of the settings that looks at the fields above; without one the option
-            must be given.
-        words: `help` and further attributes of `Option`.
+        default: value, or a function of the settings that uses the fields above; the option is required if
+            not given.
+        attributes: `help` and further attributes of `Option`.
     """
-    return field(default=None if callable(default) else default, metadata={"default": default, **words})
+    return field(default=None if callable(default) else default, metadata={"default": default, **attributes})
 
 
 @dataclass(frozen=True)
@@ -35,15 +34,15 @@ class Option:
 
     Attributes:
         name: name of the field.
-        kind: type of a value that is none of the choices; None if there is no such value.
-        choices: names to choose from.
-        is_tuple: whether the value is a tuple of those.
+        kind: type of values other than the choices; None if there are only choices.
+        choices: names that are allowed as values.
+        is_tuple: whether the value is a tuple of such values.
         default: value, function of the settings, or MISSING.
-        help: meaning in one line, beginning with a noun.
+        help: meaning in one line that begins with a noun.
         group: heading of this option and of those below it.
-        metavar: word for the value in the command's help; the option's name if not given.
-        default_text: words for a default whose value does not speak for itself.
-        minimum, above, maximum: bounds of a number; `above` is not allowed itself.
+        metavar: name of the value in the command's help; the option's name if not given.
+        default_text: description of a default whose value is not shown.
+        minimum, above, maximum: bounds of a number; `above` is exclusive.
     """
 
     name: str
@@ -64,16 +63,16 @@ class Option:
         return "--" + self.name.replace("_", "-")
 
     @property
-    def default_words(self) -> str:
+    def shown_default(self) -> str:
         if self.default_text or self.default is MISSING:
             return self.default_text
         return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
 
     @property
     def expected(self) -> str:
-        """Words for the values that are allowed."""
+        """Description of the allowed values."""
         bounds = {"at least": self.minimum, "above": self.above, "at most": self.maximum}
-        bound = " and ".join(f"{words} {value:g}" for words, value in bounds.items() if math.isfinite(value))
+        bound = " and ".join(f"{name} {value:g}" for name, value in bounds.items() if math.isfinite(value))
         kind = _KINDS[self.kind] if self.kind else ""
         kinds = [f"{kind}s" if self.is_tuple else f"a {kind}"] if kind else []
         *others, last = [*kinds, *self.choices]
@@ -110,9 +109,9 @@ def options_of(settings: type) -> Iterator[Option]:
 
 
 def resolve_options(settings: Any) -> None:
-    """Fills in the defaults that depend on other options, and checks every value; for `__post_init__`.
+    """Resolves defaults that depend on other options and checks every value; call it in `__post_init__`.
 
-    A list becomes a tuple.
+    Lists become tuples.
 
     Raises:
         InputError: a value is of another type or out of range; the message names option, value and range.
@@ -129,19 +128,19 @@ def resolve_options(settings: Any) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
-    """Adds the fields of a dataclass of options to a command; those not given are not in its namespace."""
+    """Adds the fields of a dataclass of options to a parser, whose namespace holds only those given."""
     group: Any = parser
     for each in options_of(settings):
         if each.group:
             group = parser.add_argument_group(each.group)
-        words = f"{each.help} (default: {each.default_words})" if each.default_words else each.help
+        text = f"{each.help} (default: {each.shown_default})" if each.shown_default else each.help
         group.add_argument(
             each.flag,
             type=each.parse if each.choices else each.kind,
             nargs="*" if each.is_tuple else None,
             metavar=each.metavar or "|".join(each.choices) or None,
             default=argparse.SUPPRESS,
-            help=words.replace("%", "%%"),
+            help=text.replace("%", "%%"),
         )
 
 
@@ -150,7 +149,7 @@ def options_table(settings: type) -> str:
     rows = ["| option | meaning | value | default |", "|---|---|---|---|"]
     for each in options_of(settings):
         rows += [f"| **{each.group}** | | | |"] if each.group else []
-        rows.append(f"| `{each.flag}` | {each.help} | {each.expected} | {each.default_words} |")
+        rows.append(f"| `{each.flag}` | {each.help} | {each.expected} | {each.shown_default} |")
     return "\n".join(rows) + "\n"
 
 

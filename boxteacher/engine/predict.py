@@ -1,4 +1,4 @@
-"""Masks for pictures: drawn on them, and as COCO results."""
+"""Prediction: masks of images, drawn on them and as COCO results."""
 
 import json
 from collections.abc import Sequence
@@ -29,37 +29,40 @@ def predict(
     score_threshold: float = 0.6,
     device: str = "auto",
 ) -> Path:
-    """Draws masks on images and writes them to `output/NAME.png`, with `output/results.json` beside them.
+    """Writes images with their masks drawn on them to `output/NAME.png`, and `output/results.json`.
 
-    `results.json` holds COCO results; `image_id` counts the images from 0 and `file_name` names them.
+    `results.json` holds COCO results, whose `image_id` counts the images from 0 and whose `file_name` is the
+    image's path.
 
     Args:
-        checkpoint: as `train` writes it.
-        images: files; names must differ.
-        output: folder, made if missing.
-        score_threshold: detections below it are neither drawn nor written.
-        device: see `pick_device`.
+        checkpoint: checkpoint that `train` wrote.
+        images: image files, whose names must differ.
+        output: folder to write to, created if missing.
+        score_threshold: minimum score of the detections that are drawn and written.
+        device: name of the device (see `pick_device`).
 
     Returns:
-        The path of `results.json`.
+        Path of `results.json`.
 
     Raises:
-        InputError: the checkpoint or an image cannot be used; nothing has been written.
+        InputError: the checkpoint or an image cannot be used; nothing is written.
     """
     names = [image.stem for image in images]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise InputError(f"two images are named {twice!r}, as their pictures would be: predict them apart")
-    drawings = [output / f"{name}.png" for name in names]
-    for path, drawing in zip(images, drawings, strict=True):
-        if drawing.resolve() == path.resolve():
-            raise InputError(f"{path}: its picture would be written over it: give another --output")
+        raise InputError(
+            f"two images are named {twice!r}, so one picture would overwrite the other: use two calls"
+        )
+    pictures = [output / f"{name}.png" for name in names]
+    for path, picture in zip(images, pictures, strict=True):
+        if picture.resolve() == path.resolve():
+            raise InputError(f"{path}: its picture would overwrite it: give another --output")
         read_image(path)
     segmenter, info = load_checkpoint(checkpoint)
     segmenter.to(pick_device(device))
     output.mkdir(parents=True, exist_ok=True)
     results = []
-    for image_id, (path, drawing) in enumerate(zip(images, drawings, strict=True)):
+    for image_id, (path, picture) in enumerate(zip(images, pictures, strict=True)):
         image = read_image(path)
         detections = _detect(segmenter, image, info)
         kept = detections["scores"] >= score_threshold
@@ -67,7 +70,7 @@ def predict(
         size = (image.shape[-2], image.shape[-1])
         rows = coco_results(detections, image_id, size, info.category_ids)
         full_size = {**detections, **_boxes_and_masks(rows, size)}
-        write_picture(drawing, draw_detections(image, full_size, info.class_names, score_threshold))
+        write_picture(picture, draw_detections(image, full_size, info.class_names, score_threshold))
         results += [{"file_name": str(path), **row} for row in rows]
     file = output / "results.json"
     write_atomically(file, lambda temporary: temporary.write_text(json.dumps(results) + "\n"))

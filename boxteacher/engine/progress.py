@@ -1,4 +1,4 @@
-"""Numbers of a run: a progress bar, `log.jsonl`, and TensorBoard where it is installed."""
+"""Logging of a run: a progress bar, `log.jsonl`, and TensorBoard where it is installed."""
 
 import importlib.util
 import json
@@ -16,13 +16,13 @@ _NOT_SHOWN = ("gradient_norm", "lr")
 
 
 class TrainingLog:
-    """Writes every step to `RUN/log.jsonl`, shows progress, and feeds TensorBoard in `RUN/tensorboard`.
+    """Logs every step to `RUN/log.jsonl` and, for TensorBoard, to `RUN/tensorboard`, and shows progress.
 
-    With tqdm (extra `train`) progress is a bar, without it a log line now and then.
+    Progress is a bar with tqdm (extra `train`), otherwise twenty log lines per run.
 
     Args:
-        output: folder of the run, which exists.
-        steps: number of steps of the whole run.
+        output: existing folder of the run.
+        steps: number of steps of the run.
     """
 
     def __init__(self, output: Path, steps: int) -> None:
@@ -49,11 +49,11 @@ class TrainingLog:
             self._board.close()
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        """Takes one step's numbers.
+        """Logs one step.
 
         Args:
             step: number of the step, 1 … steps.
-            numbers: losses (names that begin with `loss_`) without their sum, and what else there is to tell.
+            numbers: losses (`loss_…`), without their sum, and other scalars.
         """
         total = sum(value for name, value in numbers.items() if name.startswith("loss_"))
         numbers = {"loss": total, **numbers}

@@ -11,11 +11,11 @@ from boxteacher.errors import InputError
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of a whole run, without its folders.
+    """Settings of a whole run without its folders.
 
     Attributes:
         name: name of its file in `boxteacher.recipes`.
-        summary: one line, with the mask AP that was published for it.
+        summary: one line with its published mask AP.
         settings: values of `TrainSettings`, by field.
 
     Example:

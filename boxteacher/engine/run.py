@@ -1,4 +1,4 @@
-"""A run's folder, and what changes while the run goes on."""
+"""A run's folder, settings and state."""
 
 import json
 import math
@@ -22,13 +22,13 @@ _CHECKPOINTS_PER_RUN = 10
 
 @dataclass
 class RunState:
-    """What changes while a run goes on.
+    """State of a run, which changes with every step.
 
     Attributes:
-        model: student, with what teaches it.
+        model: training wrapper with the student.
         optimizer: optimizer of the student.
-        schedule: schedule of the learning rate.
-        step: number of steps that have been taken.
+        schedule: learning rate schedule.
+        step: number of steps taken.
         saved: step of `last.pt`; 0 if there is none.
     """
 
@@ -43,7 +43,7 @@ def new_checkpoint(output: Path) -> Path:
     """The path of the checkpoint of a run in that folder.
 
     Raises:
-        InputError: there is one of an earlier run, or the folder is a file.
+        InputError: it exists already, or the folder is a file.
     """
     checkpoint = output / "last.pt"
     if checkpoint.exists():
@@ -54,7 +54,7 @@ def new_checkpoint(output: Path) -> Path:
 
 
 def write_settings(settings: TrainSettings) -> None:
-    """Makes the run's folder, and `settings.json` in it."""
+    """Creates the run's folder with `settings.json`."""
     settings.output.mkdir(parents=True, exist_ok=True)
     content = {
         **asdict(settings),
@@ -68,7 +68,7 @@ def write_settings(settings: TrainSettings) -> None:
 
 
 def save_if_due(state: RunState, checkpoint: Path, info: SegmenterInfo, steps: int) -> None:
-    """Writes the checkpoint ten times in a run of so many steps, the last time after the last step."""
+    """Writes the checkpoint ten times during a run of `steps` steps, the last time after the last step."""
     if state.step % math.ceil(steps / _CHECKPOINTS_PER_RUN) == 0 or state.step == steps:
         save_checkpoint(checkpoint, state.model.segmenter, info)
         state.saved = state.step

@@ -1,4 +1,4 @@
-"""Segmenters by name: packages offer them through the entry-point group `boxteacher.segmenters`."""
+"""Segmenters by name, which packages register in the entry-point group `boxteacher.segmenters`."""
 
 from importlib.metadata import entry_points
 from inspect import signature
@@ -28,17 +28,16 @@ def build_segmenter(
 ) -> nn.Module:
     """Builds the segmenter that a package registered under `name`.
 
-    An entry point names a function with this function's signature but for `name`; one whose segmenter does
-    not sample masks has no `mask_samples`.
+    The registered function has this signature without `name`, and without `mask_samples` if its segmenter
+    does not sample masks.
 
     Args:
         name: name of the segmenter.
         num_classes: number of classes, C.
         backbone: name of the backbone.
-        weights: weights of the backbone.
-        image_size: longest side in pixels of the images; small ones get a smaller network.
-        mask_samples: positive samples per image that get a mask in training; 0 leaves the segmenter its own
-            number.
+        weights: initial weights of the backbone: a file, ImageNet weights, or none.
+        image_size: longest side of the images in pixels; for small images the network is smaller.
+        mask_samples: maximum number of masks per image in training; 0 for the segmenter's default.
 
     Raises:
         InputError: there is no such segmenter, backbone or file of weights, or `mask_samples` is given for a
@@ -50,5 +49,5 @@ def build_segmenter(
     build: Any = next(iter(found)).load()
     options = {"mask_samples": mask_samples} if mask_samples else {}
     if not options.keys() <= signature(build).parameters.keys():
-        raise InputError(f"mask_samples is {mask_samples}, and {name} takes every mask: leave it out")
+        raise InputError(f"mask_samples is {mask_samples}, but {name} does not sample masks: leave it out")
     return build(num_classes, backbone=backbone, weights=weights, image_size=image_size, **options)

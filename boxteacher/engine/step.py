@@ -33,7 +33,7 @@ def take_step(
     torch.stack(list(losses.values())).sum().backward()
     norm = nn.utils.clip_grad_norm_(state.model.student.parameters(), gradient_clip or math.inf)
     scalars = {**losses, "gradient_norm": norm, **_pseudo_masks(state.model)}
-    # All in one transfer, which costs one synchronization.
+    # One transfer of all scalars, so one synchronization with the device.
     values = torch.stack([scalar.detach().float() for scalar in scalars.values()]).tolist()
     numbers = dict(zip(scalars, values, strict=True))
     _check_finite(numbers, state, targets)
@@ -59,5 +59,5 @@ def _check_finite(numbers: dict[str, float], state: RunState, targets: list[dict
             images = ", ".join(target["file_name"] for target in targets)
             raise FloatingPointError(
                 f"{name} is {value} at step {state.step + 1}, images {images}; {kept}: "
-                "try a lower --lr, or look at these images' boxes"
+                "try a lower --lr, or check the boxes of these images"
             )

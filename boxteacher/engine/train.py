@@ -1,4 +1,4 @@
-"""A training run, from a folder of data to a checkpoint."""
+"""A training run, from a data set to a checkpoint."""
 
 from pathlib import Path
 
@@ -22,10 +22,10 @@ from boxteacher.teacher import BoxTeacher
 def train(settings: TrainSettings) -> Path:
     """Trains a segmenter and returns the path of its checkpoint, `output/last.pt`.
 
-    The run's folder also gets `settings.json` and `log.jsonl`, a line per step.
+    The folder of the run also gets `settings.json`, and `log.jsonl` with a line per step.
 
     Raises:
-        InputError: the data, the weights or the settings cannot be used; nothing has been trained.
+        InputError: the data, the weights or the settings cannot be used; nothing was trained.
         FloatingPointError: a loss or the gradient is infinite or NaN; `last.pt` is the last good checkpoint.
     """
     checkpoint = new_checkpoint(settings.output)
@@ -41,7 +41,7 @@ def train(settings: TrainSettings) -> Path:
         image_size=settings.image_size,
         mask_samples=settings.mask_samples,
     )
-    # The order that convolutions are fastest in, on processors as on GPUs.
+    # Convolutions are fastest in this memory format, on CPUs and on GPUs.
     segmenter = segmenter.to(memory_format=torch.channels_last)
     model = supervise(segmenter, settings).to(settings.device).train()
     check_queries(model.student, settings, data)
@@ -66,7 +66,7 @@ def train(settings: TrainSettings) -> Path:
 
 
 def supervise(segmenter: nn.Module, settings: TrainSettings) -> TrainingWrapper:
-    """The segmenter under the supervision that the settings name."""
+    """Wraps a segmenter for training with the supervision of the settings."""
     if settings.supervision == "mask":
         return MaskSupervised(segmenter)
     if settings.supervision == "box":

@@ -1,4 +1,4 @@
-"""A segmenter that begins from another's weights: one of this library's, or one that others released."""
+"""Initialization of a segmenter from a whole model's weights: a checkpoint, or released weights."""
 
 import logging
 from dataclasses import replace
@@ -19,10 +19,10 @@ GROUP = "boxteacher.checkpoints"
 
 
 def read_released(path: Path) -> SegmenterWeights | None:
-    """Weights that others released, as the first reader that knows the file's kind gives them.
+    """Released weights in a file, or None if no registered reader knows them.
 
-    A reader is a function that the entry-point group `boxteacher.checkpoints` names: of a path, to a
-    `SegmenterWeights`, or to None if it does not know the file's kind.
+    Readers are registered in the entry-point group `boxteacher.checkpoints`: functions from a path to a
+    `SegmenterWeights`, or None for a file of another kind.
 
     Raises:
         InputError: the file cannot be read.
@@ -42,12 +42,12 @@ def build_with_weights(
     weights: Path | Literal["imagenet", "none"],
     **options: Any,
 ) -> nn.Module:
-    """`build_segmenter`, whose `weights` may also be a file with those of a whole segmenter.
+    """`build_segmenter`, where `weights` may also be a file with the weights of a whole segmenter.
 
-    The classifier of one with another number of classes is left out.
+    If their number of classes differs, the classifier is not loaded.
 
     Raises:
-        InputError: see `build_segmenter`; or the file holds another segmenter.
+        InputError: as `build_segmenter`, or the file holds another segmenter.
     """
     if not isinstance(weights, Path) or (whole := _read_segmenter(weights)) is None:
         return build_segmenter(name, num_classes, backbone=backbone, weights=weights, **options)
@@ -64,7 +64,7 @@ def build_with_weights(
     logger.info("loaded %s: %s", weights, whole.description)
     if left_out:
         logger.info(
-            "%s knows %d classes, the data %d: its classifier (%s) is left out and begins anew",
+            "%s has %d classes, the data %d: its classifier (%s) is not loaded but initialized anew",
             weights,
             whole.num_classes,
             num_classes,
@@ -74,7 +74,7 @@ def build_with_weights(
 
 
 def _read_segmenter(path: Path) -> SegmenterWeights | None:
-    """The whole segmenter in a file; None if there is none, but a backbone alone."""
+    """The weights of a whole segmenter in a file; None if it holds something else, such as a backbone."""
     if is_checkpoint(path):
         segmenter, info = load_checkpoint(path)
         count = len(info.class_names)
@@ -87,25 +87,24 @@ def _read_segmenter(path: Path) -> SegmenterWeights | None:
 def fill(segmenter: nn.Module, num_classes: int, given: SegmenterWeights, path: Path) -> list[str]:
     """Loads a whole segmenter's weights.
 
-    Entries that a network computes for itself may be missing: all but its parameters and the statistics of
-    batch norms.
+    Only parameters and the statistics of batch norms must be there; a network computes other entries itself.
 
     Args:
-        segmenter: network that is filled.
+        segmenter: network to load the weights into.
         num_classes: number of its classes.
-        given: weights.
-        path: file of the weights, for messages.
+        given: weights to load.
+        path: file of the weights, for error messages.
 
     Returns:
-        Names of the classifier's entries, which are left as they are if the numbers of classes differ.
+        Names of the classifier's entries that are not loaded because the numbers of classes differ.
 
     Raises:
         InputError: the weights are not those of this segmenter.
     """
     wanted = segmenter.state_dict()
-    learnt = {name for name, _ in segmenter.named_parameters()}
-    learnt |= {name for name in wanted if name.endswith(("running_mean", "running_var"))}
-    difference = compare_states(wanted, given.weights, optional=lambda name: name not in learnt)
+    required = {name for name, _ in segmenter.named_parameters()}
+    required |= {name for name in wanted if name.endswith(("running_mean", "running_var"))}
+    difference = compare_states(wanted, given.weights, optional=lambda name: name not in required)
     classifier = [
         name
         for name in difference.reshaped
@@ -118,7 +117,7 @@ def fill(segmenter: nn.Module, num_classes: int, given: SegmenterWeights, path: 
     if difference:
         raise InputError(
             f"weights {path} look like {given.description}, but entries do not fit: {difference}; copy the "
-            "file again, or give the --image-size of its network"
+            "file again, or give the --image-size that the network was built for"
         )
     fitting = {name: value for name, value in given.weights.items() if name not in classifier}
     segmenter.load_state_dict(fitting, strict=False)
@@ -126,7 +125,7 @@ def fill(segmenter: nn.Module, num_classes: int, given: SegmenterWeights, path: 
 
 
 def _per_class(theirs: Tensor, ours: Tensor, their_classes: int, our_classes: int) -> bool:
-    """Whether two entries differ by the numbers of classes alone, with or without one for background."""
+    """Whether two entries differ in the number of classes alone, with or without a background class."""
     if theirs.ndim == 0 or theirs.shape[1:] != ours.shape[1:]:
         return False
     return any(len(theirs) * (our_classes + k) == len(ours) * (their_classes + k) for k in (0, 1))
