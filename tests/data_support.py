@@ -1,4 +1,4 @@
-"""A small COCO data set on disk, which a test may spoil."""
+"""A small COCO data set on disk, which tests may change."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def annotation(identity: int, image: int, category: int, box: list[Any], segment
     return {**record, "segmentation": segmentation}
 
 
-def sound() -> dict[str, Any]:
+def valid_content() -> dict[str, Any]:
     """Two images with sparse ids, the second without boxes, and all three kinds of segmentation."""
     return {
         "images": [
@@ -56,7 +56,7 @@ def sound() -> dict[str, Any]:
 
 
 class Folder:
-    """The data set of `sound`; a test may change `content`, and the files of its `images`."""
+    """The data set of `valid_content`; tests may change `content` and the files of `images`."""
 
     def __init__(self, root: Path) -> None:
         self.images, self.file = root / "images", root / "instances.json"
@@ -64,7 +64,7 @@ class Folder:
         pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(self.images / "a.png")
         Image.fromarray(pixels).save(self.images / "b.jpg")
-        self.pixels, self.content = pixels, sound()
+        self.pixels, self.content = pixels, valid_content()
 
     def read(self, **options: Any) -> tuple[DataIndex, list[Problem]]:
         self.file.write_text(json.dumps(self.content))

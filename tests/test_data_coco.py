@@ -1,4 +1,4 @@
-"""Reading COCO files: what is in the index, and what each kind of bad input is called."""
+"""Reading COCO files: the index, and the problem reported for each kind of bad input."""
 
 import copy
 import logging
@@ -12,7 +12,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from boxteacher.data import DataIndex, InstanceDataset, read_coco
-from tests.data_support import HEIGHT, WIDTH, Folder, annotation, compressed, filled_mask, sound
+from tests.data_support import HEIGHT, WIDTH, Folder, annotation, compressed, filled_mask, valid_content
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_the_index_of_a_file(folder: Folder) -> None:
     assert index.masks is None
 
 
-def test_the_image_of_most_boxes_is_counted_without_crowds(folder: Folder) -> None:
+def test_max_boxes_does_not_count_crowds(folder: Folder) -> None:
     assert folder.index().max_boxes() == (3, folder.images / "a.png")
     folder.content["annotations"] += [annotation(10 + i, 9, 3, [i, 0, 5, 5], None) for i in range(4)]
     assert folder.index().max_boxes() == (4, folder.images / "b.jpg")
@@ -62,14 +62,14 @@ def test_the_image_of_most_boxes_is_counted_without_crowds(folder: Folder) -> No
         {"iscrowd": False},
     ],
 )
-def test_an_optional_field_of_another_type_is_as_if_absent(folder: Folder, field: dict[str, Any]) -> None:
-    sound = folder.index(read_masks=True)
+def test_an_optional_field_of_another_type_is_ignored(folder: Folder, field: dict[str, Any]) -> None:
+    expected = folder.index(read_masks=True)
     for record in folder.content["annotations"]:
         record.update(field)
-    assert_same(sound, folder.index(read_masks=True))
+    assert_same(expected, folder.index(read_masks=True))
     for record in folder.content["annotations"]:
         del record["iscrowd"]
-    assert_same(sound, folder.index(read_masks=True))
+    assert_same(expected, folder.index(read_masks=True))
 
 
 def test_crowds_are_in_the_index_with_their_masks(folder: Folder) -> None:
@@ -90,7 +90,7 @@ def test_segmentation_is_never_read_without_masks(folder: Folder, segmentation: 
     assert_same(with_it, folder.index())
 
 
-def test_boxes_are_clipped_silently(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+def test_boxes_are_clipped_without_a_warning(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
     folder.content["annotations"][0]["bbox"] = [-3, -2.5, 10, 10]
     folder.content["annotations"][1]["bbox"] = [30, 20, 10.0001, 100]
     boxes = folder.index().boxes
@@ -103,10 +103,10 @@ def test_boxes_are_clipped_silently(folder: Folder, caplog: pytest.LogCaptureFix
     [[5, 5, 0, 4], [5, 5, 4, -1], [WIDTH, 0, 5, 5], [-9, 3, 9, 3], [1e300, 0, 1e300, 9], [30, 5, 1e-9, 9]],
     ids=str,
 )
-def test_a_box_without_area_is_dropped_with_one_warning(
+def test_boxes_without_area_are_left_out_with_one_warning(
     folder: Folder, caplog: pytest.LogCaptureFixture, box: list[float]
 ) -> None:
-    # Its segmentation is of no interest either.
+    # Its segmentation is not checked either.
     folder.content["annotations"][1].update(bbox=box, segmentation=None)
     folder.content["annotations"].append(annotation(6, 9, 3, box, None))
     index = folder.index(read_masks=True)
@@ -117,7 +117,7 @@ def test_a_box_without_area_is_dropped_with_one_warning(
     assert "(1 more like this)" in caplog.text
 
 
-def test_given_categories_fix_the_labels(folder: Folder) -> None:
+def test_given_category_ids_define_the_labels(folder: Folder) -> None:
     index = folder.index(category_ids=[44, 3, 90])
     assert index.labels.tolist() == [0, 1, 0]
     assert index.category_ids == [44, 3, 90]
@@ -127,8 +127,8 @@ def test_given_categories_fix_the_labels(folder: Folder) -> None:
     assert "category_id 3" in message
 
 
-# Each spoils the content and says what the message must hold.
-SPOILT: dict[str, tuple[Any, list[str]]] = {
+# A change of the content, and parts of the message that it leads to.
+BAD_RECORDS: dict[str, tuple[Any, list[str]]] = {
     "image id twice": (lambda c: c["images"][1].update(id=70), ["images[1] (id 70)", "same id"]),
     "annotation id twice": (lambda c: c["annotations"][2].update(id=1), ["annotations[2] (id 1)", "same id"]),
     "category id twice": (lambda c: c["categories"][1].update(id=44), ["categories[1] (id 44)", "same id"]),
@@ -163,17 +163,17 @@ SPOILT: dict[str, tuple[Any, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", SPOILT)
+@pytest.mark.parametrize("name", BAD_RECORDS)
 def test_bad_records_are_named(folder: Folder, name: str) -> None:
-    spoil, parts = SPOILT[name]
-    spoil(folder.content)
+    change, parts = BAD_RECORDS[name]
+    change(folder.content)
     message = folder.failure()
     for part in (str(folder.file), *parts):
         assert part in message
 
 
-def test_all_problems_come_out_of_one_reading(folder: Folder) -> None:
-    """And nothing that merely follows from another problem."""
+def test_one_reading_reports_all_problems(folder: Folder) -> None:
+    """And no problem that only follows from another one."""
     content = folder.content
     del content["categories"][1]["name"]
     content["images"] += [
@@ -221,10 +221,10 @@ def test_all_problems_come_out_of_one_reading(folder: Folder) -> None:
     assert index.image_ids.tolist() == [70, 9]
     assert index.annotation_ids.tolist() == [1, 2, 5, 26, 39]
     assert index.class_names == ["category 3", "cat"]
-    assert folder.failure().endswith("(first of 12 errors)")  # masks are not looked at
+    assert folder.failure().endswith("(first of 12 errors)")  # masks are not checked
 
 
-ODD = (
+UNUSUAL_VALUES = (
     None,
     True,
     -1,
@@ -243,10 +243,10 @@ ODD = (
 
 
 @pytest.mark.parametrize("group", ["images", "categories", "annotations"])
-def test_whatever_a_field_holds_is_read_or_told(folder: Folder, group: str) -> None:
+def test_any_value_of_a_field_is_read_or_reported(folder: Folder, group: str) -> None:
     for key in [*folder.content[group][0], "area"]:
-        for value in ODD:
-            folder.content = sound()
+        for value in UNUSUAL_VALUES:
+            folder.content = valid_content()
             folder.content[group][0][key] = value
             index, problems = folder.read(read_masks=True)
             assert problems or len(index.boxes) == 3
@@ -254,7 +254,7 @@ def test_whatever_a_field_holds_is_read_or_told(folder: Folder, group: str) -> N
 
 
 @pytest.mark.parametrize("text", ["", "{", "\x00\xff", "[1, 2]", "3"])
-def test_no_coco_file(folder: Folder, text: str) -> None:
+def test_a_file_that_is_not_coco_json_is_a_problem(folder: Folder, text: str) -> None:
     folder.file.write_bytes(text.encode("latin-1"))
     index, (problem,) = read_coco(folder.images, folder.file)
     assert len(index) == 0
@@ -263,14 +263,14 @@ def test_no_coco_file(folder: Folder, text: str) -> None:
     assert "\n" not in str(problem)
 
 
-def test_missing_file_and_folder(folder: Folder) -> None:
+def test_a_missing_file_or_folder_is_named(folder: Folder) -> None:
     _, (problem,) = read_coco(folder.images, folder.file.with_name("nothing.json"))
     assert "nothing.json: cannot be read" in str(problem)
     folder.images = folder.images / "nowhere"
     assert folder.failure().startswith(f"{folder.images}: no such folder")
 
 
-def test_images_at_fault_are_counted(folder: Folder) -> None:
+def test_the_error_counts_the_images_with_a_problem(folder: Folder) -> None:
     for path in folder.images.iterdir():
         path.unlink()
     message = folder.failure()
@@ -316,9 +316,7 @@ def test_bad_masks_are_named_only_if_read(folder: Folder, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BAD_MASKS)
-def test_where_masks_are_optional_a_bad_one_is_a_warning_and_the_object_stays(
-    folder: Folder, name: str
-) -> None:
+def test_with_optional_masks_a_bad_mask_is_a_warning_and_the_object_stays(folder: Folder, name: str) -> None:
     folder.content["annotations"][1]["segmentation"] = copy.deepcopy(BAD_MASKS[name])
     index, problems = folder.read(read_masks=True, masks_optional=True)
     absent = not BAD_MASKS[name]

@@ -1,4 +1,4 @@
-"""Items of a data set against the truth of its file."""
+"""Items of a data set, against the content of its file."""
 
 import pickle
 from pathlib import Path
@@ -35,7 +35,7 @@ def assert_same(first: InstanceDataset, second: InstanceDataset) -> None:
         assert_close(target, other_target, rtol=0, atol=0)
 
 
-def test_items(folder: Folder) -> None:
+def test_an_item_has_the_image_and_the_objects_of_the_file(folder: Folder) -> None:
     data = folder.load()
     assert len(data) == 2
     image, target = data[0]
@@ -50,7 +50,7 @@ def test_items(folder: Folder) -> None:
         data[2]
 
 
-def test_image_without_boxes(folder: Folder) -> None:
+def test_an_image_without_boxes_has_empty_targets(folder: Folder) -> None:
     image, target = folder.load(read_masks=True, transform=training_transform(32))[1]
     assert target["boxes"].shape == (0, 4)
     assert target["labels"].shape == target["annotation_ids"].shape == (0,)
@@ -66,14 +66,14 @@ def test_annotations_in_any_order_stay_with_their_image(folder: Folder) -> None:
     assert data[1][1]["boxes"].tolist() == [[1, 1, 3, 3]]
 
 
-def test_polygons_and_both_kinds_of_rle(folder: Folder) -> None:
+def test_masks_are_read_from_polygons_and_both_kinds_of_rle(folder: Folder) -> None:
     _, target = folder.load(read_masks=True)[0]
     truth = np.stack([filled_mask(4, 2, 14, 8), filled_mask(20, 5, 28, 14), filled_mask(30, 0, 40, 24)])
     assert target["masks"].dtype == torch.bool
     assert torch.equal(target["masks"], torch.from_numpy(truth).bool())
 
 
-def test_random_masks_survive_either_rle(folder: Folder) -> None:
+def test_random_masks_are_unchanged_by_either_rle(folder: Folder) -> None:
     noise = np.random.default_rng(1).random((3, HEIGHT, WIDTH)) < [[[0.1]], [[0.5]], [[0.95]]]
     for encode in (compressed, uncompressed):
         for record, mask in zip(folder.content["annotations"], noise, strict=True):
@@ -82,14 +82,14 @@ def test_random_masks_survive_either_rle(folder: Folder) -> None:
 
 
 @pytest.mark.parametrize("stray", [[], [3, 3], [3, 3, 9, 9], [1, 2, 3]], ids=str)
-def test_several_polygons_are_one_mask_and_a_stray_point_among_them_is_none(folder: Folder, stray) -> None:
+def test_polygons_of_fewer_than_three_points_do_not_count_in_a_mask(folder: Folder, stray) -> None:
     parts = [[0, 0, 5, 0, 5, 5, 0, 5], stray, [10, 10, 20, 10, 20, 20, 10, 20]]
     folder.content["annotations"] = [annotation(1, 70, 3, [0, 0, 20, 20], parts)]
     mask = folder.load(read_masks=True)[0][1]["masks"][0]
     assert torch.equal(mask, torch.from_numpy(filled_mask(0, 0, 5, 5) + filled_mask(10, 10, 20, 20)).bool())
 
 
-def test_objects_without_a_mask_are_marked_in_images_that_have_some(folder: Folder) -> None:
+def test_has_mask_marks_the_objects_with_a_mask(folder: Folder) -> None:
     del folder.content["annotations"][1]["segmentation"]
     folder.content["annotations"].append(
         annotation(6, 9, 3, [0, 0, 9, 9], compressed(filled_mask(0, 0, 9, 9)))
@@ -101,14 +101,14 @@ def test_objects_without_a_mask_are_marked_in_images_that_have_some(folder: Fold
     assert "has_mask" not in whole
 
 
-def test_only_plain_tensors_leave(folder: Folder) -> None:
+def test_items_hold_plain_tensors(folder: Folder) -> None:
     for transform in (None, training_transform(30)):
         image, target = folder.load(read_masks=True, transform=transform)[0]
         assert all(type(value) in (Tensor, int) for value in (image, *target.values()))
 
 
 @pytest.mark.parametrize("crowd", [1, "1", True], ids=repr)
-def test_crowds_are_not_served(folder: Folder, crowd: Any) -> None:
+def test_items_leave_out_crowds(folder: Folder, crowd: Any) -> None:
     without = folder.load(read_masks=True)
     record = annotation(8, 70, 3, [0, 0, 9, 9], "unused")
     folder.content["annotations"].insert(1, {**record, "iscrowd": crowd})
@@ -124,7 +124,7 @@ def test_ignored_rows_scale_with_the_image(folder: Folder) -> None:
             folder.load(ignored_bottom_rows=rows)
 
 
-def test_loader_with_workers_and_pickle(folder: Folder) -> None:
+def test_a_data_set_works_with_workers_and_pickle(folder: Folder) -> None:
     data = folder.load(read_masks=True, transform=training_transform(48))
     images, targets = next(iter(DataLoader(data, batch_size=2, num_workers=2, collate_fn=collate)))
     assert [image.ndim for image in images] == [3, 3]

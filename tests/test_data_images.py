@@ -1,4 +1,4 @@
-"""Image files: read in any mode, and damage found before or while they are read."""
+"""Image files: reading in any mode, and detection of damaged files."""
 
 import io
 from pathlib import Path
@@ -20,11 +20,11 @@ def noise(height: int, width: int) -> Image.Image:
 
 
 def problem(path: Path, size: tuple[int, int] = (HEIGHT, WIDTH)) -> str:
-    """The one problem of `path`; the image beside it has none."""
-    sound = path.with_name("sound.png")
-    noise(3, 5).save(sound)
-    others, found = check_images([sound, path], [(3, 5), size])
-    assert others is None
+    """The problem of `path`, checked together with a valid image."""
+    valid = path.with_name("valid.png")
+    noise(3, 5).save(valid)
+    none, found = check_images([valid, path], [(3, 5), size])
+    assert none is None
     assert "\n" not in str(found)
     return str(found)
 
@@ -61,7 +61,7 @@ def test_a_missing_image_is_named(tmp_path: Path) -> None:
     assert problem(tmp_path / "gone.png").startswith(f"{tmp_path / 'gone.png'}: no such image")
 
 
-def test_size_differs_from_the_record(tmp_path: Path) -> None:
+def test_a_size_other_than_the_record_s_is_a_problem(tmp_path: Path) -> None:
     path = tmp_path / "b.jpg"
     noise(HEIGHT, WIDTH - 1).save(path)
     message = problem(path)
@@ -72,8 +72,8 @@ def test_size_differs_from_the_record(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.9])
-def test_truncated_images_are_found_at_once(tmp_path: Path, kind: str, share: float) -> None:
-    # Larger than the tail that is looked at, as real photographs are.
+def test_truncated_images_are_found_by_the_check(tmp_path: Path, kind: str, share: float) -> None:
+    # Larger than the tail that the check reads, as photographs are.
     buffer = io.BytesIO()
     noise(200, 300).save(buffer, format=kind)
     path = tmp_path / "photograph"
@@ -83,7 +83,7 @@ def test_truncated_images_are_found_at_once(tmp_path: Path, kind: str, share: fl
     assert problem(path, (200, 300)).startswith(f"{path}: cannot be read as an image")
 
 
-def test_image_damaged_inside_is_named_when_read(tmp_path: Path) -> None:
+def test_an_image_damaged_in_the_middle_is_named_when_read(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     noise(HEIGHT, WIDTH).save(path)
     content = bytearray(path.read_bytes())

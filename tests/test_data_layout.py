@@ -1,4 +1,4 @@
-"""Finding the two layouts of a data set, and saying what is missing."""
+"""The two layouts of a data set, and errors about missing parts."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def failure(root: Path) -> str:
     return str(caught.value)
 
 
-def test_own_layout(tmp_path: Path) -> None:
+def test_a_split_in_the_plain_layout_is_found(tmp_path: Path) -> None:
     make(tmp_path, "train", "train.json")
     make(tmp_path, "val", "val.json")
     split = find_split(tmp_path, "val")
@@ -31,7 +31,7 @@ def test_own_layout(tmp_path: Path) -> None:
     assert not split.is_coco
 
 
-def test_coco_layout(tmp_path: Path) -> None:
+def test_a_split_in_coco_s_layout_is_found(tmp_path: Path) -> None:
     make(tmp_path, "train2017", "instances_train2017.json")
     split = find_split(tmp_path, "train")
     assert split.images == tmp_path / "train2017"
@@ -39,19 +39,19 @@ def test_coco_layout(tmp_path: Path) -> None:
     assert split.is_coco
 
 
-def test_neither_layout_names_both_paths(tmp_path: Path) -> None:
+def test_the_error_for_neither_layout_names_both_paths(tmp_path: Path) -> None:
     message = failure(tmp_path)
     assert str(tmp_path / "annotations" / "train.json") in message
     assert str(tmp_path / "annotations" / "instances_train2017.json") in message
 
 
-def test_missing_folder_of_images(tmp_path: Path) -> None:
+def test_a_missing_images_folder_is_named(tmp_path: Path) -> None:
     make(tmp_path, "train", "train.json")
     (tmp_path / "train").rmdir()
     assert failure(tmp_path).startswith(f"{tmp_path / 'train'}: no such folder")
 
 
-def test_missing_root(tmp_path: Path) -> None:
+def test_a_missing_root_is_named(tmp_path: Path) -> None:
     assert failure(tmp_path / "nowhere").startswith(f"{tmp_path / 'nowhere'}: no such folder")
 
 
@@ -59,7 +59,9 @@ def test_missing_root(tmp_path: Path) -> None:
     ("folder", "annotations", "is_coco"),
     [("train", "train.json", False), ("train2017", "instances_train2017.json", True)],
 )
-def test_reading_a_split(tmp_path: Path, folder: str, annotations: str, is_coco: bool) -> None:
+def test_a_split_is_read_and_its_errors_are_raised(
+    tmp_path: Path, folder: str, annotations: str, is_coco: bool
+) -> None:
     made = Folder(tmp_path)
     made.images.rename(tmp_path / folder)
     (tmp_path / "annotations").mkdir()

@@ -1,4 +1,4 @@
-"""The data set that the library draws: the same everywhere, true to its masks, and worth learning from."""
+"""The rendered data set: reproducible pixels, exact masks, and objects that differ from the background."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def lab(image: Tensor) -> Tensor:
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
-def test_golden_pixels(shapes: Path) -> None:
+def test_the_pixels_of_the_first_image_are_the_recorded_ones(shapes: Path) -> None:
     pixels = np.asarray(Image.open(shapes / "train" / "00001.png"))
     assert hashlib.sha256(pixels.tobytes()).hexdigest() == GOLDEN
 
@@ -59,7 +59,7 @@ def test_boxes_are_the_tight_bounds_of_masks_that_do_not_overlap(shapes: Path) -
             assert mask.sum() >= 96 * 96 / 256
 
 
-def test_area_and_classes(shapes: Path) -> None:
+def test_areas_are_those_of_the_masks_and_all_classes_occur(shapes: Path) -> None:
     content = json.loads((shapes / "annotations" / "train.json").read_text())
     data = load(shapes)
     areas = torch.cat([target["masks"].flatten(1).sum(dim=1) for _, target in data])
@@ -69,20 +69,20 @@ def test_area_and_classes(shapes: Path) -> None:
     assert data.index.class_names == ["disc", "triangle", "star", "cross"]
 
 
-def test_objects_stand_out_in_cielab(shapes: Path) -> None:
+def test_objects_differ_from_the_background_in_cielab(shapes: Path) -> None:
     differences, spreads = [], []
     for image, target in load(shapes):
-        colours = lab(image)
-        ground = colours[:, ~target["masks"].any(dim=0)].median(dim=1).values
+        colors = lab(image)
+        ground = colors[:, ~target["masks"].any(dim=0)].median(dim=1).values
         for mask in target["masks"]:
-            mean = colours[:, mask].mean(dim=1)
+            mean = colors[:, mask].mean(dim=1)
             differences.append((mean - ground).norm())
-            spreads.append((colours[:, mask] - mean[:, None]).norm(dim=0).mean())
+            spreads.append((colors[:, mask] - mean[:, None]).norm(dim=0).mean())
     assert torch.stack(differences).quantile(0.05) > 20
     assert torch.stack(spreads).quantile(0.95) < 8
 
 
-def test_writing_twice_changes_nothing_and_again_elsewhere_is_the_same(tmp_path: Path) -> None:
+def test_writing_again_changes_nothing_and_writing_elsewhere_gives_the_same_files(tmp_path: Path) -> None:
     write_shapes(tmp_path / "a", train=3, val=2, size=64, seed=5)
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     write_shapes(tmp_path / "a", train=3, val=2, size=64, seed=5)
@@ -96,13 +96,13 @@ def test_writing_twice_changes_nothing_and_again_elsewhere_is_the_same(tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
-def test_more_images_leave_the_first_ones_as_they_were(tmp_path: Path, shapes: Path) -> None:
+def test_the_first_images_do_not_depend_on_the_number_of_images(tmp_path: Path, shapes: Path) -> None:
     write_shapes(tmp_path / "few", train=2, val=1, size=96)
     assert torch.equal(read_image(tmp_path / "few/train/00002.png"), read_image(shapes / "train/00002.png"))
     assert files(shapes)["train/00001.png"] != files(shapes)["val/00001.png"]
 
 
-def test_refuses_a_folder_that_holds_something_else(tmp_path: Path) -> None:
+def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="holds something other") as caught:
         write_shapes(tmp_path, train=1, val=1)
@@ -114,6 +114,6 @@ def test_refuses_a_folder_that_holds_something_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"train": 0}, {"val": 0}, {"size": 8}, {"seed": -1}])
-def test_refuses_numbers_out_of_range(tmp_path: Path, wrong: dict[str, int]) -> None:
+def test_numbers_out_of_range_are_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         write_shapes(tmp_path / "set", **wrong)

@@ -1,4 +1,4 @@
-"""Resizing and flipping keep the image, the boxes and the masks together."""
+"""Resizing and flipping move images, boxes and masks together."""
 
 from typing import Any
 
@@ -75,14 +75,14 @@ def test_evaluation_size_is_fixed_and_exact() -> None:
     assert target["labels"].tolist() == [3]
 
 
-def test_training_sizes_and_flips_vary_with_torch_seed_alone() -> None:
-    def draw(seed: int) -> list[tuple[tuple[int, ...], bool]]:
+def test_training_sizes_and_flips_depend_on_torch_s_seed_alone() -> None:
+    def sampled(seed: int) -> list[tuple[tuple[int, ...], bool]]:
         torch.manual_seed(seed)
-        drawn = (training_transform(100)(*scene(20, 20, (0, 0, 8, 20))) for _ in range(60))
-        return [(tuple(image.shape), bool(target["boxes"][0, 0] > 0)) for image, target in drawn]
+        samples = (training_transform(100)(*scene(20, 20, (0, 0, 8, 20))) for _ in range(60))
+        return [(tuple(image.shape), bool(target["boxes"][0, 0] > 0)) for image, target in samples]
 
-    first = draw(1)
-    assert first == draw(1)
+    first = sampled(1)
+    assert first == sampled(1)
     sides = {shape[-1] for shape, _ in first}
     assert min(sides) >= 80
     assert max(sides) <= 100
@@ -110,7 +110,7 @@ def test_the_shortest_side_is_torchvision_s_up_to_rounding(height, width, shorte
     assert moved["masks"].shape == (1, *ours.shape[1:])
 
 
-def test_sizes_of_a_schedule_are_drawn_evenly_and_the_longest_side_is_kept_short() -> None:
+def test_shortest_sides_are_sampled_uniformly_and_the_longest_side_is_limited() -> None:
     torch.manual_seed(0)
     transform = training_transform(60, (20, 30, 50))
     landscape = [transform(*scene(40, 80, (0, 0, 9, 9)))[0].shape[1:] for _ in range(300)]
@@ -140,7 +140,7 @@ def test_the_minimum_longest_side_of_a_square_image(image_size, shortest_side, m
     assert min(sampled) == minimum
 
 
-def test_no_instances_and_a_thin_image() -> None:
+def test_a_thin_image_without_instances_is_resized() -> None:
     image = tv_tensors.Image(torch.rand(3, 1, 300))
     target = {
         "boxes": tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(1, 300)),
@@ -153,12 +153,12 @@ def test_no_instances_and_a_thin_image() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 10), (20, 10)])
-def test_impossible_range(low: int, high: int) -> None:
+def test_an_invalid_range_is_refused(low: int, high: int) -> None:
     with pytest.raises(ValueError, match=f"low={low}, high={high}"):
         ResizeLongestSide(low, high)
 
 
 @pytest.mark.parametrize(("sizes", "longest"), [((), 10), ((640, 0), 1333), ((640,), 0)])
-def test_impossible_sizes(sizes: tuple[int, ...], longest: int) -> None:
+def test_invalid_sizes_are_refused(sizes: tuple[int, ...], longest: int) -> None:
     with pytest.raises(ValueError, match=f"longest={longest}"):
         ResizeShortestSide(sizes, longest)

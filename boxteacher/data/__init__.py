@@ -1,4 +1,4 @@
-"""Data sets: read and checked once into an index, then served as tensors."""
+"""Data sets: read and checked once into an index, then loaded as tensors."""
 
 from boxteacher.data.dataset import InstanceDataset, collate
 from boxteacher.data.formats.coco import read_coco

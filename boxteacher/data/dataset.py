@@ -24,14 +24,14 @@ class InstanceDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
     too, and `has_mask` bool (N,) in images where only some objects have one. All tensors are plain ones.
 
     Args:
-        index: images and objects to serve.
-        transform: called with a `tv_tensors.Image` and a dict of `boxes`, `labels` and so on, and returns
+        index: images and objects of the data set.
+        transform: function of a `tv_tensors.Image` and its dict of `boxes`, `labels` and so on that returns
             both.
-        ignored_bottom_rows: number of rows at the bottom of each stored image that say nothing about
-            instances (a caption, say).
+        ignored_bottom_rows: number of rows at the bottom of each stored image that do not show the scene,
+            such as a caption.
 
     Raises:
-        InputError: `ignored_bottom_rows` is negative or leaves nothing of an image.
+        InputError: `ignored_bottom_rows` is negative, or as large as the height of an image.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class InstanceDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         transform: Callable[[Any, dict[str, Any]], tuple[Tensor, dict[str, Any]]] | None = None,
         ignored_bottom_rows: int = 0,
     ) -> None:
-        lowest = int(index.sizes[:, 0].argmin())
-        height = int(index.sizes[lowest, 0])
+        shortest = int(index.sizes[:, 0].argmin())
+        height = int(index.sizes[shortest, 0])
         if not 0 <= ignored_bottom_rows < height:
             raise InputError(
-                f"{index.image_path(lowest)}: ignored_bottom_rows={ignored_bottom_rows} is not in "
+                f"{index.image_path(shortest)}: ignored_bottom_rows={ignored_bottom_rows} is not in "
                 f"0..{height - 1}; change it"
             )
         self.index = index
@@ -57,19 +57,19 @@ class InstanceDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         return len(self.index)
 
     def __getitem__(self, item: int) -> tuple[Tensor, dict[str, Any]]:
-        """Read one image and its target."""
+        """Reads one image and its target."""
         index, i = self.index, range(len(self))[item]
         height, width = map(int, index.sizes[i])
         start, end = index.starts[i : i + 2]
-        served = start + np.flatnonzero(~index.crowd[start:end])  # (N,) positions among all objects
-        boxes = torch.from_numpy(index.boxes[served])  # (N, 4)
+        objects = start + np.flatnonzero(~index.crowd[start:end])  # (N,) positions among all M objects
+        boxes = torch.from_numpy(index.boxes[objects])  # (N, 4)
         target: dict[str, Any] = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
-            "labels": torch.from_numpy(index.labels[served]),  # (N,)
-            "annotation_ids": torch.from_numpy(index.annotation_ids[served]),  # (N,)
+            "labels": torch.from_numpy(index.labels[objects]),  # (N,)
+            "annotation_ids": torch.from_numpy(index.annotation_ids[objects]),  # (N,)
         }
         if index.masks is not None:
-            counts = [index.masks[k] for k in served]
+            counts = [index.masks[k] for k in objects]
             has_mask = torch.tensor([each is not None for each in counts], dtype=torch.bool)  # (N,)
             masks = torch.zeros((len(counts), height, width), dtype=torch.bool)
             masks[has_mask] = decode_masks([each for each in counts if each is not None], height, width)
@@ -86,5 +86,5 @@ class InstanceDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
 
 
 def collate(batch: Sequence[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """Batch items as lists, because the images differ in size."""
+    """Items of a batch as a list of images, which may differ in size, and a list of targets."""
     return [image for image, _ in batch], [target for _, target in batch]

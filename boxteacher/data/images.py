@@ -1,4 +1,4 @@
-"""Image files: read as tensors, and checked before any training without decoding them all."""
+"""Image files: read as tensors, and checked before training without decoding all of them."""
 
 import os
 import struct
@@ -16,7 +16,7 @@ from torch import Tensor
 from boxteacher.data.problems import Problem
 from boxteacher.errors import InputError
 
-# What PIL lets through when a file is damaged; its PNG reader raises SyntaxError, for one.
+# Errors that PIL raises for damaged files; its PNG reader raises SyntaxError, for example.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _TAIL_BYTES = 4096
@@ -25,10 +25,10 @@ _THREADS = 8
 
 
 def read_image(path: Path) -> Tensor:
-    """Read an image of any mode as RGB.
+    """Reads an image of any mode as RGB.
 
-    EXIF orientation is not applied, because COCO boxes are about the pixels as they are stored. Alpha is
-    left out. 16-bit gray keeps its range.
+    EXIF orientation is not applied, because COCO's boxes refer to the pixels as stored. Alpha is dropped.
+    16-bit gray keeps its range.
 
     Returns:
         float32 (3, H, W) in [0, 1].
@@ -49,13 +49,13 @@ def read_image(path: Path) -> Tensor:
 
 
 def check_images(paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> list[Problem | None]:
-    """Check that each image is there, is whole, and is as large as its (height, width) in `sizes`.
+    """Checks that each image exists, is complete, and has its (height, width) in `sizes`.
 
-    Only headers are read, and the last few kilobytes; a file without the mark that ends its format is
-    decoded in full, so that a truncated one is found.
+    Only headers and the last few kilobytes are read; a file without its format's end marker is decoded in
+    full, so that truncation is found.
 
     Returns:
-        What is wrong with each image; None for a sound one.
+        Problem of each image; None for a sound one.
     """
     # In chunks, because a future for each of COCO's 118k images costs more than its check.
     starts = range(0, len(paths), _CHUNK)

@@ -1,4 +1,4 @@
-"""What a data set is in memory, whatever format it was read from."""
+"""A data set in memory, the same for every annotation format."""
 
 from array import array
 from collections.abc import Sequence
@@ -14,27 +14,27 @@ from boxteacher.data.problems import Problem
 
 @dataclass(frozen=True, eq=False)
 class DataIndex:
-    """The I images and M objects of a data set in flat arrays, cheap to hand to DataLoader workers.
+    """The I images and M objects of a data set in flat arrays, which DataLoader workers receive at low cost.
 
-    The objects of image i are `starts[i]` up to `starts[i + 1]`, in the order of the annotations.
+    The objects of image i are `starts[i]` to `starts[i + 1] - 1`, in the order of the annotations.
 
     Attributes:
         images: folder of the image files.
-        annotations: file, or folder, that the objects were read from.
+        annotations: annotation file or folder.
         class_names: name of each label.
-        category_ids: the data set's own id of each label; COCO's are sparse.
+        category_ids: the data set's own id of each label; COCO's ids have gaps.
         image_ids: (I,) int64.
-        file_names: of the I images, under `images`.
+        file_names: paths of the I images, relative to `images`.
         sizes: (I, 2) int64, height and width of the stored images in pixels.
-        starts: (I + 1,) int64.
-        boxes: (M, 4) float32, x0, y0, x1, y1 in pixels, inside the image and with an area.
+        starts: (I + 1,) int64, position of each image's first object, then M.
+        boxes: (M, 4) float32, x0, y0, x1, y1 in pixels, inside the image and with positive area.
         labels: (M,) int64 in 0 … C−1.
         annotation_ids: (M,) int64.
-        crowd: (M,) bool, groups that evaluation ignores and training is not shown.
-        area: (M,) float64 in pixels, of the mask if the annotations tell it, else of the box.
-        masks: counts of a compressed RLE (see `encode_mask`) of each object, None for one without a mask;
-            None altogether if masks were not read, or no object but crowds has one.
-        is_coco: whether files are named as in COCO's own release.
+        crowd: (M,) bool, groups of objects, which training leaves out and evaluation ignores.
+        area: (M,) float64 in pixels, as annotated, or else of the box.
+        masks: counts of a compressed RLE (see `encode_mask`) of each object, None for an object without mask;
+            None if masks were not read, or only crowds have one.
+        is_coco: whether the files are named as in COCO's release.
     """
 
     images: Path
@@ -62,15 +62,15 @@ class DataIndex:
         return self.images / self.file_names[i]
 
     def max_boxes(self) -> tuple[int, Path]:
-        """Number of boxes, crowds left out, of the image that has most, and that image's file."""
+        """Maximum number of boxes per image, without crowds, and the file of that image."""
         before = np.concatenate([[0], np.cumsum(~self.crowd)])  # (M + 1,)
         counts = np.diff(before[self.starts])  # (I,)
-        fullest = int(counts.argmax())
-        return int(counts[fullest]), self.image_path(fullest)
+        image = int(counts.argmax())
+        return int(counts[image]), self.image_path(image)
 
 
 class IndexedImage(NamedTuple):
-    """An image as a format's reader found it."""
+    """An image, as a format's reader returns it."""
 
     image_id: int
     file_name: str
@@ -78,19 +78,19 @@ class IndexedImage(NamedTuple):
 
 
 class IndexedObject(NamedTuple):
-    """An object as a format's reader found it."""
+    """An object, as a format's reader returns it."""
 
     image: int  # position among the images
     box: Sequence[float]  # as `clip_box` returns it
     label: int
     annotation_id: int
     crowd: bool
-    area: float  # in pixels; NaN if the annotations do not tell it
+    area: float  # in pixels; NaN if not annotated
     mask: bytes | None  # counts of a compressed RLE
 
 
 def clip_box(box: Sequence[float], height: int, width: int) -> Sequence[float] | None:
-    """Clip x0, y0, x1, y1 to the image and round them to float32; None if no area is left."""
+    """Clips x0, y0, x1, y1 to the image and rounds them to float32; None if no area is left."""
     x0, y0, x1, y1 = box
     x = min(max(x0, 0), width), min(max(x1, 0), width)
     y = min(max(y0, 0), height), min(max(y1, 0), height)
@@ -108,11 +108,11 @@ def build_index(
     category_ids: list[int],
     problems: list[Problem],
 ) -> DataIndex:
-    """The index of what a reader found, objects in any order.
+    """Builds the index from a reader's images and objects, which may be in any order.
 
-    `problems` gets one more where there is nothing to learn from and no error says why.
+    A problem is added to `problems` if no box is left to train on and none of them is an error.
     """
-    objects = sorted(found_objects, key=lambda each: each.image)  # stable: as in the file within an image
+    objects = sorted(found_objects, key=lambda each: each.image)  # stable: within an image as in the file
     owners = [each.image for each in objects]
     boxes = np.array([tuple(each.box) for each in objects], dtype=np.float32).reshape(-1, 4)  # (M, 4)
     area = np.array([each.area for each in objects], dtype=np.float64)  # (M,)

@@ -1,4 +1,4 @@
-"""Where a data set keeps the images and the annotations of a split, and reading it from there."""
+"""The folder layouts of a data set: finding and reading a split."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from boxteacher.errors import InputError
 
 @dataclass(frozen=True)
 class Split:
-    """A folder of images and the COCO JSON file about them; `is_coco` if they are named as COCO's own."""
+    """Images folder and COCO JSON file of a split; `is_coco` if they are named as in COCO's release."""
 
     images: Path
     annotations: Path
@@ -21,13 +21,13 @@ class Split:
 
 
 def find_split(root: Path, name: Literal["train", "val"]) -> Split:
-    """Find a split under `root` in either layout, without being told which.
+    """Finds a split under `root` in one of two layouts.
 
-    The layouts are `annotations/NAME.json` with `NAME/`, and COCO's own `annotations/instances_NAME2017.json`
-    with `NAME2017/`. The first wins where both are there.
+    They are `annotations/NAME.json` with `NAME/`, which wins if both exist, and COCO's own
+    `annotations/instances_NAME2017.json` with `NAME2017/`.
 
     Raises:
-        InputError: `root` is no folder, it holds neither layout, or the folder of images is missing.
+        InputError: `root` is not a folder, has neither layout, or lacks the images folder.
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the folder that holds 'annotations/' and the images")
@@ -38,7 +38,7 @@ def find_split(root: Path, name: Literal["train", "val"]) -> Split:
             continue
         if not split.images.is_dir():
             raise InputError(
-                f"{split.images}: no such folder, though {split.annotations} is there; put its images there"
+                f"{split.images}: no such folder, but {split.annotations} exists; put its images there"
             )
         return split
     raise InputError(
@@ -55,12 +55,10 @@ def read_split(
     masks_optional: bool = False,
     category_ids: Sequence[int] | None = None,
 ) -> DataIndex:
-    """Find a split under `root` and read it; warnings about it are logged.
-
-    The arguments after `name` are those of `read_coco`.
+    """Finds a split under `root` (see `find_split`) and reads it (see `read_coco`); logs warnings.
 
     Raises:
-        InputError: there is no such split (see `find_split`), or something in it cannot be used.
+        InputError: there is no such split, or the data set has an error.
     """
     split = find_split(root, name)
     index, problems = read_coco(

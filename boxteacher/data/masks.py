@@ -1,4 +1,4 @@
-"""Masks of a data set: COCO segmentations, checked and kept as compressed run-length codes (RLE)."""
+"""Masks of a data set: COCO segmentations, checked and stored as compressed run-length encodings (RLE)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +12,12 @@ _MIN_RING = 6  # numbers: three points
 
 
 def encode_mask(segmentation: Any, height: int, width: int) -> bytes:
-    """Turn polygons or either kind of RLE into the counts of a compressed RLE.
+    """Encodes polygons or either kind of RLE as the counts of a compressed RLE.
 
-    Of several polygons, those of fewer than three points do not count.
+    Polygons of fewer than three points are ignored if there are others.
 
     Raises:
-        ValueError: it is none of them, or not of an image of this size.
+        ValueError: the segmentation is none of these, or of another image size.
     """
     try:
         if isinstance(segmentation, list):
@@ -35,7 +35,7 @@ def encode_mask(segmentation: Any, height: int, width: int) -> bytes:
 
 
 def decode_masks(counts: Sequence[bytes], height: int, width: int) -> Tensor:
-    """Decode N counts of `encode_mask` into masks, bool (N, height, width)."""
+    """Decodes N counts of `encode_mask` to masks, bool (N, height, width)."""
     if not counts:
         return torch.zeros((0, height, width), dtype=torch.bool)
     stacked = mask_util.decode([{"size": [height, width], "counts": each} for each in counts])  # (H, W, N)
@@ -56,7 +56,7 @@ def _fill(runs: list[Any], pixels: int) -> bool:
 
 
 def _runs(counts: bytes) -> list[int]:
-    """Spell out compressed counts: 5 bits a byte, then differences to the run before last."""
+    """Decompresses counts: 5 bits per byte, then differences to the run before the last."""
     runs: list[int] = []
     value = shift = 0
     for byte in counts:

@@ -1,4 +1,4 @@
-"""What is wrong with a data set: every problem of one reading, and what becomes of them."""
+"""Problems of a data set: errors, which are raised, and warnings, which are logged."""
 
 import logging
 from collections.abc import Iterable
@@ -15,14 +15,14 @@ Severity = Literal["error", "warning"]
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with a data set; `str` says it in one line.
+    """A problem of a data set; `str` is one line.
 
     Attributes:
-        file: annotations or image at fault.
+        file: annotation file or image with the problem.
         record: name of the record in that file, such as "annotations[3] (id 7)"; empty for the whole file.
-        what: fault, with the value found.
-        remedy: remedy, in the same words for all problems of one kind.
-        severity: "error" if the data set must not be used as it is, else "warning".
+        what: description with the value found.
+        remedy: remedy, the same text for all problems of a kind.
+        severity: "error" if the data set cannot be used as it is, else "warning".
     """
 
     file: Path
@@ -36,7 +36,7 @@ class Problem:
 
 
 class RecordError(Exception):
-    """Stops the reading of one record; the reader goes on with the next."""
+    """Ends the reading of one record; the reader continues with the next."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(str(problem))
@@ -44,10 +44,10 @@ class RecordError(Exception):
 
 
 def raise_first_error(problems: Iterable[Problem]) -> None:
-    """Logs the warnings, one line for all of a kind, and raises the first error if there is one.
+    """Logs warnings, one line per kind, and raises the first error if there is one.
 
     Raises:
-        InputError: the first error, and the number of all errors if there are more.
+        InputError: the first error, with the number of errors if there are more.
     """
     kinds: dict[str, list[Problem]] = {}
     errors = []

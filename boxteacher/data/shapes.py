@@ -1,7 +1,7 @@
-"""A data set that the library renders itself: textured shapes that hide one another, with true masks.
+"""The rendered demo data set: textured shapes that occlude one another, with exact masks.
 
-A pixel is the same on every machine: its value comes from a seeded generator of uniform numbers through
-sums, products, quotients and square roots alone, which IEEE 754 rounds in one way only.
+Pixels are the same on every machine: they are computed from seeded uniform random numbers by sums, products,
+quotients and square roots alone, whose rounding IEEE 754 defines.
 """
 
 import json
@@ -38,27 +38,27 @@ _STAR = ((0.0, -1.0), (_SIN72, -_COS72), (-_SIN72, -_COS72), (_SIN36, _COS36), (
 
 
 def write_shapes(root: Path, *, train: int = 300, val: int = 60, size: int = 128, seed: int = 0) -> None:
-    """Render the data set into a new folder, in the layout that `find_split` finds.
+    """Renders the data set into a new folder, in the first layout of `find_split`.
 
-    Each image holds one to four objects of four classes, in any colour, the nearer ones hiding the farther;
-    boxes and masks are those of the visible parts. A folder that already holds the same data set is left
-    as it is, and a run that is stopped leaves no folder.
+    Each image has one to four objects of four classes, of random colors, some partly occluded; boxes and
+    masks are those of the visible parts. A folder that already holds the same data set is left as it is, and
+    an interrupted call leaves no folder.
 
     Args:
-        root: folder to write; it may exist only if it is empty or holds the same data set.
+        root: folder to write; if it exists, it must be empty or hold the same data set.
         train: number of training images, at least 1.
         val: number of validation images, at least 1.
         size: maximum of height and width in pixels, at least 32.
-        seed: seed of all random numbers, at least 0; another seed gives other images.
+        seed: seed of all random numbers, at least 0.
 
     Raises:
-        InputError: a number is out of its range, or `root` holds something else.
+        InputError: a number is out of range, or `root` holds something else.
     """
     settings = {"version": _VERSION, "train": train, "val": val, "size": size, "seed": seed}
-    for name, lowest in (("train", 1), ("val", 1), ("size", _MIN_SIZE), ("seed", 0)):
-        if settings[name] < lowest:
-            raise InputError(f"shapes: {name}={settings[name]} is too small; give at least {lowest}")
-    if _is_there(root, settings):
+    for name, minimum in (("train", 1), ("val", 1), ("size", _MIN_SIZE), ("seed", 0)):
+        if settings[name] < minimum:
+            raise InputError(f"shapes: {name}={settings[name]} is too small; give at least {minimum}")
+    if _is_written(root, settings):
         return
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as temporary:
@@ -68,14 +68,14 @@ def write_shapes(root: Path, *, train: int = 300, val: int = 60, size: int = 128
             generators = (np.random.Generator(np.random.PCG64([seed, number, i])) for i in range(count))
             _write_split(staged, split, generators, size)
         (staged / "shapes.json").write_text(json.dumps(settings))
-        # Another process may have written the same data set meanwhile.
-        if not _is_there(root, settings):
+        # Another process may have written the same data set in the meantime.
+        if not _is_written(root, settings):
             if root.exists():
                 root.rmdir()
             staged.rename(root)
 
 
-def _is_there(root: Path, settings: dict[str, int]) -> bool:
+def _is_written(root: Path, settings: dict[str, int]) -> bool:
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     record = root / "shapes.json"
@@ -146,17 +146,17 @@ def _render(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], lis
 
 
 def _local(rng: np.random.Generator, x: Array, y: Array, size: int) -> tuple[Array, Array]:
-    """Give each pixel its coordinates in the frame of an object of radius 1, at a random place and turn."""
+    """Coordinates of each pixel relative to an object of radius 1 at a random position and angle."""
     height, width = x.shape
     dx = x - width * (0.1 + 0.8 * rng.random())
     dy = y - height * (0.1 + 0.8 * rng.random())
-    u, v = _turn(rng, dx, dy, reach=0.2)
+    u, v = _rotate(rng, dx, dy, reach=0.2)
     radius = size * (0.17 + 0.15 * rng.random())
     return u / radius, v / (radius * (0.75 + 0.25 * rng.random()))
 
 
-def _turn(rng: np.random.Generator, x: Array, y: Array, reach: float) -> tuple[Array, Array]:
-    """Turn by a random angle, made of quotients because sines differ between machines in the last bit.
+def _rotate(rng: np.random.Generator, x: Array, y: Array, reach: float) -> tuple[Array, Array]:
+    """Rotates by a random angle, by quotients because sines differ between machines in the last bit.
 
     The angle is 2 · arctan(t) with t uniform in −reach … reach: a reach of 0.2 is 23 degrees, 1 is 90.
     """
@@ -171,16 +171,16 @@ def _shape(kind: int, u: Array, v: Array) -> Mask:
     if kind == 1:
         return np.all([u * a + v * b <= 0.5 for a, b in _TRIANGLE], axis=0)
     if kind == 2:
-        # A point of a pentagram is outside one of its five lines at the most.
+        # A point of a pentagram is outside at most one of its five lines.
         return np.greater_equal(np.sum([u * a + v * b <= 0.38 for a, b in _STAR], axis=0), 4)
     u, v = abs(u), abs(v)
     return (np.maximum(u, v) <= 0.9) & (np.minimum(u, v) <= 0.32)
 
 
 def _texture(rng: np.random.Generator, x: Array, y: Array) -> Array:
-    """Brightness around zero: stripes, checks or blotches, faint beside the contrast between colors."""
+    """Brightness around zero: stripes, checks or blotches, weak compared with the contrast of colors."""
     kind, strength = int(rng.random() * 3), 3 + 6 * rng.random()
-    u, v = _turn(rng, x, y, reach=1)
+    u, v = _rotate(rng, x, y, reach=1)
     period = 6 + 10 * rng.random()
     if kind == 0:
         return strength * _wave(u / period)
@@ -196,7 +196,7 @@ def _wave(phase: Array) -> Array:
 
 
 def _color(rng: np.random.Generator, others: list[Array]) -> Array:
-    """A random color (3,), 0..255, well apart from others: the first such one, or else the farthest."""
+    """A random color (3,) in [0, 255] that differs clearly from others, or the most different one tried."""
     tries = 20 + 215 * rng.random((_COLOR_TRIES, 3))
     if not others:
         return tries[0]
@@ -206,7 +206,7 @@ def _color(rng: np.random.Generator, others: list[Array]) -> Array:
 
 
 def _difference(a: Array, b: Array) -> Array:
-    """How different colors look, by a weighted distance in RGB; 0 to about 765."""
+    """Perceived difference of colors: a weighted distance in RGB, 0 to about 765."""
     red = (a[..., 0] + b[..., 0]) / 512
     d = (a - b) * (a - b)
     return np.sqrt((2 + red) * d[..., 0] + 4 * d[..., 1] + (3 - red) * d[..., 2])

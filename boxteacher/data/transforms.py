@@ -1,4 +1,4 @@
-"""Resizing and flipping that move an image, its boxes and its masks together."""
+"""Resizing and flipping of images together with their boxes and masks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,14 +11,14 @@ from torchvision.transforms.v2 import functional as F
 
 
 class ResizeLongestSide(nn.Module):
-    """Scale an image and its target so that the longest side is a random whole number of pixels.
+    """Resizes an image and its target to a longest side that is sampled uniformly.
 
-    The aspect ratio stays, up to rounding each side to at least 1. A plain module rather than a
-    `v2.Transform`, whose hooks were renamed between the releases of torchvision that are supported.
+    The aspect ratio is kept, up to rounding each side to at least 1. It is a plain module, because the hooks
+    of `v2.Transform` were renamed between supported releases of torchvision.
 
     Args:
         low: minimum of the longest side in pixels, at least 1.
-        high: maximum, inclusive; equal to `low` for a fixed size.
+        high: maximum of the longest side, inclusive; equal to `low` for a fixed size.
 
     Raises:
         ValueError: not 1 <= low <= high.
@@ -32,17 +32,17 @@ class ResizeLongestSide(nn.Module):
         self.high = high
 
     def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Resize a float image (3, H, W) in [0, 1] and each `BoundingBoxes` and `Mask` in its target."""
-        # torch's generator, so that the seeds of DataLoader workers govern the size.
+        """Resizes a float image (3, H, W) in [0, 1] and each `BoundingBoxes` and `Mask` in its target."""
+        # torch's generator, which the seeds of DataLoader workers set.
         longest = int(torch.randint(self.low, self.high + 1, ()))
         return _resize(image, target, longest / max(image.shape[-2:]))
 
 
 class ResizeShortestSide(nn.Module):
-    """Scale an image and its target so that the shortest side is sampled from a list, as in COCO's schedules.
+    """Resizes an image and its target to a shortest side that is sampled from a list, as in COCO's schedules.
 
-    Where that would make the longest side too long, the longest side is `longest`. For the rest as
-    `ResizeLongestSide`; torchvision's `RandomShortestSize` would move masks by up to half a pixel.
+    If the longest side would exceed `longest`, it becomes `longest` instead. torchvision's
+    `RandomShortestSize` would shift masks by up to half a pixel.
 
     Args:
         sizes: lengths of the shortest side in pixels, at least 1 each.
@@ -60,7 +60,7 @@ class ResizeShortestSide(nn.Module):
         self.longest = longest
 
     def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Resize a float image (3, H, W) in [0, 1] and each `BoundingBoxes` and `Mask` in its target."""
+        """Resizes a float image (3, H, W) in [0, 1] and each `BoundingBoxes` and `Mask` in its target."""
         shortest = self.sizes[int(torch.randint(len(self.sizes), ()))]
         scale = min(shortest / min(image.shape[-2:]), self.longest / max(image.shape[-2:]))
         return _resize(image, target, scale)
@@ -68,7 +68,7 @@ class ResizeShortestSide(nn.Module):
 
 def _resize(image: Tensor, target: dict[str, Any], scale: float) -> tuple[Tensor, dict[str, Any]]:
     size = [max(1, round(side * scale)) for side in image.shape[-2:]]
-    # clamp: interpolation weights may add up to a rounding error more than one.
+    # clamp: the sum of interpolation weights may exceed 1 by a rounding error.
     resized = F.resize(image, size, antialias=True).clamp(0, 1)
     return tv_tensors.Image(resized), {key: _resize_entry(entry, size) for key, entry in target.items()}
 
@@ -77,8 +77,8 @@ def _resize_entry(entry: Any, size: list[int]) -> Any:
     if isinstance(entry, tv_tensors.BoundingBoxes):
         return F.clamp_bounding_boxes(F.resize(entry, size))
     if isinstance(entry, tv_tensors.Mask):
-        # As an image, because torchvision resizes a Mask with the older "nearest", which lies up to half a
-        # pixel off the grid of the bilinear image.
+        # As an image, because torchvision resizes a Mask with the older "nearest", which shifts it by up to
+        # half a pixel against the bilinear image.
         plain = entry.as_subclass(Tensor)
         exact = F.resize(plain, size, interpolation=v2.InterpolationMode.NEAREST_EXACT, antialias=False)
         return tv_tensors.Mask(exact)
@@ -86,12 +86,12 @@ def _resize_entry(entry: Any, size: list[int]) -> Any:
 
 
 def training_transform(image_size: int, shortest_side: Sequence[int] = ()) -> v2.Transform:
-    """An image of a random size, flipped left-right half the time.
+    """The transform of training images: a random size, and a horizontal flip with probability ½.
 
     Args:
-        image_size: maximum of the longest side in pixels, which is sampled from 0.8 of that upwards.
-        shortest_side: lengths that the shortest side is sampled from instead, if any are given; the longest
-            is still at most `image_size`.
+        image_size: maximum of the longest side in pixels, which is sampled from 80 % to 100 % of it.
+        shortest_side: lengths that the shortest side is sampled from instead, if given; the longest side is
+            still at most `image_size`.
     """
     resize = (
         ResizeShortestSide(shortest_side, image_size)
@@ -102,10 +102,11 @@ def training_transform(image_size: int, shortest_side: Sequence[int] = ()) -> v2
 
 
 def evaluation_transform(image_size: int, shortest_side: int | None = None) -> v2.Transform:
-    """An image of a fixed size: its longest side `image_size` pixels.
+    """The transform of images in evaluation: a fixed size.
 
-    With `shortest_side`, its shortest side that many pixels, or fewer where the longest would be longer than
-    `image_size`.
+    Args:
+        image_size: length of the longest side in pixels, or its maximum if `shortest_side` is given.
+        shortest_side: length of the shortest side in pixels.
     """
     if shortest_side is not None:
         return v2.Compose([ResizeShortestSide([shortest_side], image_size)])

@@ -1,1 +1,1 @@
-"""Readers of annotation files, one format each, that give a `DataIndex` and the problems they found."""
+"""Readers of annotation files, one format each, that return a `DataIndex` and the problems found."""

@@ -1,4 +1,4 @@
-"""COCO's JSON files of instances: every record is checked, and one at fault does not hide the others."""
+"""Reader of COCO's instance JSON: every record is checked, and all problems are reported."""
 
 import json
 import math
@@ -27,18 +27,18 @@ def read_coco(
     masks_optional: bool = False,
     category_ids: Sequence[int] | None = None,
 ) -> tuple[DataIndex, list[Problem]]:
-    """Read a COCO JSON file, and check it and its images.
+    """Reads a COCO JSON file, and checks it and its images.
 
-    The index leaves out what is at fault, an image together with its objects. Boxes are clipped to their
-    image; one without an area there is left out with a warning.
+    Records with a problem are left out of the index, an image together with its objects. Boxes are clipped
+    to their image; a box without area there is left out with a warning.
 
     Args:
         images: folder of the image files.
         annotations: COCO JSON file.
-        read_masks: whether the index gets masks. If not, `segmentation` is never looked at.
-        masks_optional: whether an object may be without a mask; an unusable mask is then a warning only.
-        category_ids: categories of labels 0 … C−1, for a model that was trained on another file; the sorted
-            ids of this file if not given.
+        read_masks: whether to read masks; if not, `segmentation` is ignored.
+        masks_optional: whether objects may have no mask; an invalid mask is then only a warning.
+        category_ids: category ids of labels 0 … C−1, those of a trained model; the sorted ids of this file if
+            not given.
 
     Returns:
         The index, and all problems.
@@ -55,7 +55,7 @@ def read_coco(
         label = label_of[record.reference("category_id", "categories", label_of)]
         crowd = record.is_crowd()
         x, y, width, height = record.bbox()
-        if image_id not in position_of:  # at fault itself
+        if image_id not in position_of:  # left out
             return None
         position = position_of[image_id]
         size = found_images[position].size
@@ -84,7 +84,7 @@ def read_coco(
 
 
 class _CocoFile:
-    """The groups of records of a file, and what has been found so far: ids, and problems."""
+    """The records of a file by group, and the ids and problems found so far."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -97,7 +97,7 @@ class _CocoFile:
             self.groups = {group: [] for group in _GROUPS}
 
     def read(self, group: str, read_record: Callable[["_Record"], T]) -> list[T]:
-        """What `read_record` makes of each record but those at fault."""
+        """Results of `read_record` for the records without a problem."""
         results = []
         for position, content in enumerate(self.groups[group]):
             record = _Record(self.path, f"{group}[{position}]", content)
@@ -126,7 +126,7 @@ def _load(path: Path) -> dict[str, list[Any]]:
 
 
 class _Record:
-    """A record of the JSON file, which knows its place there and the types of COCO's fields."""
+    """A record of the JSON file, with its place there and checks of COCO's fields."""
 
     def __init__(self, file: Path, place: str, content: Any) -> None:
         self.file, self.place = file, place
@@ -176,7 +176,7 @@ class _Record:
         return value in (1, "1")
 
     def area(self) -> float:
-        """NaN if the record does not tell it."""
+        """Area in pixels; NaN if missing or invalid."""
         value: Any = self.content.get("area")
         return value if type(value) in (int, float) and _is_finite(value) and value >= 0 else math.nan
 
@@ -200,7 +200,7 @@ def _is_finite(value: float) -> bool:
 
 
 def _sound_images(file: _CocoFile, folder: Path) -> list[IndexedImage]:
-    """The images of the records and files that are not at fault."""
+    """The images without a problem in their record or file."""
     found = file.read("images", _read_image)
     if not folder.is_dir():
         remedy = f"give the folder of the images of {file.path}"
