@@ -1,11 +1,12 @@
-"""Measures what the project claims to be fast, each against what it is compared with, in one table.
+"""Benchmarks of losses, pseudo masks and training steps against baselines, in one table.
 
-    python -m tests.benchmarks [--quick] [--only NAME] [--rounds N] [--json FILE] [--plot FILE]
+    python -m tests.benchmarks [--quick] [--only NAME] [--repetitions N] [--json FILE] [--plot FILE]
 
-Every row is a ratio, ours over theirs, of runs that take turns in one process: the median of the turns, and
-the range of the middle half of them. Losses and pseudo masks of both sides are first seen to be the same.
-Peak memory is the greatest sum of bytes that torch's CPU allocator has given out during one run, in a pass of
-its own (`torch.profiler`); of training steps the weights are part. `--quick` shows that it runs.
+Every row is a ratio, ours over the baseline's, of runs that alternate in one process: the median over the
+repetitions, and their interquartile range. Losses and pseudo masks are first checked to be equal to the
+baseline's. Peak memory is the maximum of the bytes that torch's CPU allocator holds during one run, from
+`torch.profiler` in a run of its own; in training steps it includes the weights. `--quick` checks that
+everything runs.
 """
 
 import argparse
@@ -23,7 +24,7 @@ _GROUPS: dict[str, Callable[[int, bool], Iterator[Row]]] = {
     "teaching": teaching_rows,
     "steps": step_rows,
     "shares": share_rows,
-    "flops": lambda rounds, quick: iter([flops_row(rounds, quick)]),
+    "flops": lambda repetitions, quick: iter([flops_row(repetitions, quick)]),
     "sweep": sweep_rows,
 }
 
@@ -32,16 +33,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="small sizes, two turns")
+    parser.add_argument("--quick", action="store_true", help="small sizes, two repetitions")
     parser.add_argument("--only", choices=_GROUPS, help="one group of rows")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each row")
-    parser.add_argument("--json", type=Path, help="writes the rows there as well")
-    parser.add_argument("--plot", type=Path, help="draws the sweep there; needs the [viz] extra")
+    parser.add_argument("--repetitions", type=int, default=7, help="repetitions of each row")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    parser.add_argument("--plot", type=Path, help="file for a plot of the sweep; needs the [viz] extra")
     arguments = parser.parse_args()
-    rounds = 2 if arguments.quick else arguments.rounds
+    repetitions = 2 if arguments.quick else arguments.repetitions
     rows = []
     for name in [arguments.only] if arguments.only else _GROUPS:
-        for row in _GROUPS[name](rounds, arguments.quick):
+        for row in _GROUPS[name](repetitions, arguments.quick):
             rows.append(row)
             print(f"{row.name}: {row.time_ratio:.3f}", flush=True)
     print(f"\n{', '.join(f'{key} {value}' for key, value in setting().items())}\n\n{table(rows)}")
@@ -50,9 +51,9 @@ def main() -> None:
             json.dumps({**setting(), "rows": [vars(row) for row in rows]}, indent=1) + "\n"
         )
     if arguments.plot:
-        from tests.benchmarks.plot import draw
+        from tests.benchmarks.plot import plot
 
-        draw(rows, arguments.plot)
+        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The mask losses against the ways that one would write them first: whole tensors, and autograd."""
+"""The mask losses against straightforward baselines: whole tensors and autograd."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from boxteacher.losses import (
     projection_loss,
 )
 from boxteacher.targets import GridTargets, color_similarity, grid_targets
-from tests.benchmarks.measure import Row, in_turns
+from tests.benchmarks.measure import Row, alternate
 
 _STRIDE, _DILATION, _COLOR, _AFFINITY = 4, NEIGHBOR_DILATION, 0.3, 0.5
 _MEDIAN_SHARE = 0.08
@@ -29,7 +29,7 @@ _MAX_CELLS = 2**22  # masks × grid in the sweep: unfolding them takes 2 GiB
 
 @dataclass
 class Scene:
-    """Masks of a batch of two images and what they are compared with."""
+    """Masks of a batch of two images with the inputs of their losses."""
 
     logits: Tensor  # (M, h, w), with gradient
     grid: GridTargets
@@ -39,9 +39,9 @@ class Scene:
 
 
 def scene(masks: int, height: int, width: int, share: float | None = None) -> Scene:
-    """Random logits on a grid; boxes that each fill `share` of it, or whose areas are spread as COCO's.
+    """Random logits on a grid, with boxes that each fill `share` of it, or of areas distributed like COCO's.
 
-    Spread areas are log-normal with a median of 8 % of the grid, and two thirds of them within a factor of e.
+    Those areas are log-normal: median 8 % of the grid, and two thirds within a factor of e.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -81,7 +81,7 @@ Loss = Callable[[Scene], Tensor]
 
 
 def pair_losses(color: bool, affinity: bool) -> tuple[Loss, Loss]:
-    """The sum of the losses that are asked for: by the project's kernel, and by unfolding."""
+    """The sum of the chosen losses: by the project's kernel, and by unfolding."""
 
     def kernel(scene: Scene) -> Tensor:
         grid = scene.grid
@@ -145,26 +145,26 @@ def projection(scene: Scene) -> Tensor:
     return projection_loss(scene.logits, scene.grid.box_masks).mean()
 
 
-def plain_projection(scene: Scene) -> Tensor:
+def baseline_projection(scene: Scene) -> Tensor:
     masks, boxes = scene.logits.sigmoid(), scene.grid.box_masks.float()
-    return sum(plain_dice(masks.amax(axis), boxes.amax(axis)) for axis in (1, 2)).mean()
+    return sum(baseline_dice(masks.amax(axis), boxes.amax(axis)) for axis in (1, 2)).mean()
 
 
 def pixel(scene: Scene) -> Tensor:
     return noise_aware_pixel_loss(scene.logits, scene.pseudo_masks, scene.confidence)
 
 
-def plain_pixel(scene: Scene) -> Tensor:
-    per_mask = plain_dice(scene.logits.sigmoid().flatten(1), scene.pseudo_masks.float().flatten(1))
+def baseline_pixel(scene: Scene) -> Tensor:
+    per_mask = baseline_dice(scene.logits.sigmoid().flatten(1), scene.pseudo_masks.float().flatten(1))
     return (per_mask * scene.confidence).sum() / (scene.confidence > 0).sum()
 
 
-def plain_dice(p: Tensor, q: Tensor) -> Tensor:
+def baseline_dice(p: Tensor, q: Tensor) -> Tensor:
     return 1 - 2 * (p * q).sum(1) / ((p**2).sum(1) + (q**2).sum(1) + 1e-5)
 
 
-def taught(loss: Loss, scene: Scene) -> Callable[[], Tensor]:
-    """Forward and backward; gives the gradient (M, h, w)."""
+def gradient_of(loss: Loss, scene: Scene) -> Callable[[], Tensor]:
+    """Forward and backward pass, which returns the gradient (M, h, w)."""
 
     def run() -> Tensor:
         (gradient,) = torch.autograd.grad(loss(scene), scene.logits)
@@ -173,36 +173,37 @@ def taught(loss: Loss, scene: Scene) -> Callable[[], Tensor]:
     return run
 
 
-def compared(name: str, losses: tuple[Loss, Loss], scene: Scene, rounds: int, **aims: object) -> Row:
-    """A row of forward and backward, after both sides have been seen to give the same."""
-    ours, theirs = losses
+def compared(name: str, losses: tuple[Loss, Loss], scene: Scene, repetitions: int, **more: object) -> Row:
+    """A row of forward and backward passes, after a check that values and gradients are equal."""
+    ours, baseline = losses
     with torch.no_grad():
-        assert_close(ours(scene), theirs(scene), rtol=1e-4, atol=1e-6)
-    ours_run, theirs_run = taught(ours, scene), taught(theirs, scene)
-    expected = theirs_run()
-    assert_close(ours_run(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
-    return in_turns(name, ours_run, theirs_run, rounds, **aims)
+        assert_close(ours(scene), baseline(scene), rtol=1e-4, atol=1e-6)
+    run, run_baseline = gradient_of(ours, scene), gradient_of(baseline, scene)
+    expected = run_baseline()
+    assert_close(run(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+    return alternate(name, run, run_baseline, repetitions, **more)
 
 
-def loss_rows(rounds: int, quick: bool) -> Iterator[Row]:
-    """Each loss at one size; the pair losses with boxes that fill the grid."""
+def loss_rows(repetitions: int, quick: bool) -> Iterator[Row]:
+    """Each loss at one size, and the pair losses with boxes that fill the grid."""
     masks, height, width = (16, 80, 80) if quick else (128, 200, 304)
     coco = scene(masks, height, width)
     size = f"{masks} masks on {height} × {width}"
-    most = {} if quick else {"most_time": 1 / 15, "most_memory": 1 / 12}
+    limits = {} if quick else {"max_time": 1 / 15, "max_memory": 1 / 12}
     both = pair_losses(True, True)
-    yield compared(f"both pair losses, {size}, COCO-like boxes", both, coco, rounds, **most)
-    yield compared(f"colour-pairwise, {size}", pair_losses(True, False), coco, rounds)
-    yield compared(f"affinity, {size}", pair_losses(False, True), coco, rounds)
-    yield compared(f"projection, {size}", (projection, plain_projection), coco, rounds)
-    yield compared(f"pixel, {size}", (pixel, plain_pixel), coco, rounds)
-    most = {} if quick else {"most_time": 1.0, "most_memory": 0.5}
+    yield compared(f"both pair losses, {size}, COCO-like boxes", both, coco, repetitions, **limits)
+    yield compared(f"color-pairwise, {size}", pair_losses(True, False), coco, repetitions)
+    yield compared(f"affinity, {size}", pair_losses(False, True), coco, repetitions)
+    yield compared(f"projection, {size}", (projection, baseline_projection), coco, repetitions)
+    yield compared(f"pixel, {size}", (pixel, baseline_pixel), coco, repetitions)
+    limits = {} if quick else {"max_time": 1.0, "max_memory": 0.5}
     filled = scene(masks, height, width, share=1.0)
-    yield compared(f"both pair losses, {size}, boxes that fill the grid", both, filled, rounds, **most)
+    name = f"both pair losses, {size}, boxes that fill the grid"
+    yield compared(name, both, filled, repetitions, **limits)
 
 
-def sweep_rows(rounds: int, quick: bool) -> Iterator[Row]:
-    """How the pair losses' cost grows with masks, grid and boxes."""
+def sweep_rows(repetitions: int, quick: bool) -> Iterator[Row]:
+    """The cost of the pair losses over the number of masks, the grid and the area of boxes."""
     both = pair_losses(True, True)
     for side in (80,) if quick else (80, 128, 256):
         for masks in (1, 8) if quick else (1, 8, 32, 128, 512):
@@ -210,8 +211,8 @@ def sweep_rows(rounds: int, quick: bool) -> Iterator[Row]:
                 continue
             name = f"both pair losses, {masks} masks on {side} × {side}, COCO-like boxes"
             point = {"masks": masks, "side": side}
-            yield compared(name, both, scene(masks, side, side), rounds, point=point)
+            yield compared(name, both, scene(masks, side, side), repetitions, point=point)
     for share in (0.1, 1.0) if quick else (0.01, 0.04, 0.16, 0.36, 0.64, 1.0):
         masks, side = (8, 80) if quick else (64, 128)
         name = f"both pair losses, {masks} masks on {side} × {side}, boxes of {share:.0%}"
-        yield compared(name, both, scene(masks, side, side, share), rounds, point={"share": share})
+        yield compared(name, both, scene(masks, side, side, share), repetitions, point={"share": share})

@@ -1,4 +1,4 @@
-"""Ratios measured in one process in turns, so that they hold on a machine that does other things as well."""
+"""Ratios of alternating runs in one process, which other load on the machine changes little."""
 
 import statistics
 import time
@@ -14,30 +14,30 @@ Run = Callable[[], Any]
 
 @dataclass
 class Row:
-    """Ours beside what it is compared with; a ratio is ours over theirs.
+    """A comparison with a baseline; ratios are ours over the baseline's.
 
     Attributes:
-        name: of the comparison.
-        ours: seconds of each turn.
-        theirs: likewise.
-        memory: peak bytes of ours and of theirs, if measured.
-        most_time: greatest ratio of times that is aimed at, if any.
-        most_memory: greatest ratio of peaks that is aimed at, if any.
-        point: where on a plot's axes the row lies, by the axis's name.
+        name: name of the comparison.
+        ours: seconds of each repetition.
+        baseline: seconds of each repetition of the baseline.
+        memory: peak bytes of ours and of the baseline, if measured.
+        max_time: target for the ratio of times, if any.
+        max_memory: target for the ratio of peaks, if any.
+        point: coordinates on the axes of a plot, by the axis's name.
     """
 
     name: str
     ours: list[float]
-    theirs: list[float]
+    baseline: list[float]
     memory: tuple[int, int] | None = None
-    most_time: float | None = None
-    most_memory: float | None = None
+    max_time: float | None = None
+    max_memory: float | None = None
     point: dict[str, float] = field(default_factory=dict)
 
     @property
     def ratios(self) -> list[float]:
-        """Of each turn, in rising order."""
-        return sorted(mine / other for mine, other in zip(self.ours, self.theirs, strict=True))
+        """Ratios of the repetitions in ascending order."""
+        return sorted(mine / other for mine, other in zip(self.ours, self.baseline, strict=True))
 
     @property
     def time_ratio(self) -> float:
@@ -48,26 +48,31 @@ class Row:
         return self.memory[0] / self.memory[1] if self.memory else None
 
 
-def in_turns(
-    name: str, ours: Run, theirs: Run, rounds: int, held: tuple[int, int] | None = (0, 0), **aims: Any
+def alternate(
+    name: str,
+    ours: Run,
+    baseline: Run,
+    repetitions: int,
+    held: tuple[int, int] | None = (0, 0),
+    **more: Any,
 ) -> Row:
     """Runs both once to warm up, then alternately.
 
     Args:
-        name: of the comparison.
-        ours: what is measured.
-        theirs: what it is compared with.
-        rounds: turns.
-        held: bytes that either side holds already, and that count; without it, memory is not measured.
-        aims: further fields of `Row`.
+        name: name of the comparison.
+        ours: function to measure.
+        baseline: function to compare it with.
+        repetitions: number of times that each is measured.
+        held: bytes that each holds beforehand, added to its peak; memory is not measured if None.
+        more: further fields of `Row`.
     """
-    ours(), theirs()
-    row = Row(name, [], [], **aims)
-    for _ in range(rounds):
+    ours(), baseline()
+    row = Row(name, [], [], **more)
+    for _ in range(repetitions):
         row.ours.append(seconds(ours))
-        row.theirs.append(seconds(theirs))
+        row.baseline.append(seconds(baseline))
     if held is not None:
-        row.memory = peak_bytes(ours, held[0]), peak_bytes(theirs, held[1])
+        row.memory = peak_bytes(ours, held[0]), peak_bytes(baseline, held[1])
     return row
 
 
@@ -78,7 +83,7 @@ def seconds(run: Run) -> float:
 
 
 def peak_bytes(run: Run, held: int) -> int:
-    """The greatest sum of bytes that torch's CPU allocator has given out in `run`, beginning with `held`."""
+    """The maximum of the bytes that torch's CPU allocator holds during `run`, plus `held`."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     results = profiler.profiler.kineto_results
@@ -93,7 +98,7 @@ def peak_bytes(run: Run, held: int) -> int:
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| measured | time | spread | aim | peak memory | aim | ours | theirs |",
+        "| measured | time | spread | target | peak memory | target | ours | baseline |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -102,22 +107,22 @@ def table(rows: list[Row]) -> str:
         peaks = f"{row.memory[0] / 2**20:.0f}, {row.memory[1] / 2**20:.0f} MiB" if row.memory else ""
         lines.append(
             f"| {row.name} | {row.time_ratio:.3f} | {ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f} | "
-            f"{_aim(row.time_ratio, row.most_time)} | "
+            f"{_target(row.time_ratio, row.max_time)} | "
             f"{'' if row.memory_ratio is None else f'{row.memory_ratio:.3f} ({peaks})'} | "
-            f"{_aim(row.memory_ratio, row.most_memory)} | "
-            f"{1000 * statistics.median(row.ours):.1f} ms | {1000 * statistics.median(row.theirs):.1f} ms |"
+            f"{_target(row.memory_ratio, row.max_memory)} | "
+            f"{1000 * statistics.median(row.ours):.1f} ms | {1000 * statistics.median(row.baseline):.1f} ms |"
         )
     return "\n".join(lines)
 
 
-def _aim(ratio: float | None, most: float | None) -> str:
-    if ratio is None or most is None:
+def _target(ratio: float | None, maximum: float | None) -> str:
+    if ratio is None or maximum is None:
         return ""
-    return f"≤ {most:.3g}: {'met' if ratio <= most else 'MISSED'}"
+    return f"≤ {maximum:.3g}: {'met' if ratio <= maximum else 'MISSED'}"
 
 
 def setting() -> dict[str, Any]:
-    """What the figures depend on beside the code."""
+    """The environment that the figures depend on."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""Draws how the pair losses' cost grows."""
+"""Plots of the cost of the pair losses."""
 
 import statistics
 from pathlib import Path
@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 plt.rcParams["svg.fonttype"] = "none"  # text stays text
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """Time and peak memory by number of masks and by share of the grid that a box fills."""
+def plot(rows: list[Row], path: Path) -> None:
+    """Plots time and peak memory over the number of masks and over the share of the grid in each box."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), sharey="row")
     for column, (axis, label) in enumerate((("masks", "masks"), ("share", "share of the grid in each box"))):
         lines: dict[str, list[Row]] = {}
@@ -26,7 +26,7 @@ def draw(rows: list[Row], path: Path) -> None:
             x = [row.point[axis] for row in members]
             for top, bottom, who, style in (
                 ([statistics.median(row.ours) for row in members], 0, "boxes only", "o-"),
-                ([statistics.median(row.theirs) for row in members], 1, "unfold", "s--"),
+                ([statistics.median(row.baseline) for row in members], 1, "unfold", "s--"),
             ):
                 memory = [row.memory[bottom] / 2**20 for row in members if row.memory]
                 axes[0, column].loglog(

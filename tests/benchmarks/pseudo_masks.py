@@ -1,10 +1,10 @@
-"""How good a checkpoint's pseudo masks are: their IoU with the annotated masks of training images.
+"""IoU of a checkpoint's pseudo masks with the annotated masks of training images.
 
     python -m tests.benchmarks.pseudo_masks RUN/last.pt --data DIR
         [--iou-threshold 0.8] [--teacher-size SHORTEST LONGEST] [--batches N]
 
-The checkpoint is the teacher, and sees the images as `boxteacher train` would show them. Annotated masks are
-used for measuring alone: training from boxes never reads them.
+The checkpoint is the teacher, on images transformed as in `boxteacher train`. Annotated masks are only
+compared with; training from boxes never reads them.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--iou-threshold", type=float, default=0.5)
     parser.add_argument("--teacher-size", type=int, nargs=2, default=None)
-    parser.add_argument("--batches", type=int, default=12, help="of four images")
+    parser.add_argument("--batches", type=int, default=12, help="number of batches of four images")
     arguments = parser.parse_args()
     segmenter, info = load_checkpoint(arguments.checkpoint)
     index = read_split(arguments.data, "train", read_masks=True)
@@ -56,11 +56,11 @@ def main() -> None:
     size = None if arguments.teacher_size is None else tuple(arguments.teacher_size)
     teacher = EMATeacher(segmenter, iou_threshold=arguments.iou_threshold, image_size=size)
     overlap, confidence = measure(teacher, batches)
-    there = confidence > 0
+    found = confidence > 0
     print(
-        f"{int(there.sum())} of {len(there)} targets have a pseudo mask; IoU with the annotated one: mean "
-        f"{overlap[there].mean():.3f}, median {overlap[there].median():.3f}; mean confidence "
-        f"{confidence[there].mean():.3f}"
+        f"{int(found.sum())} of {len(found)} targets have a pseudo mask; IoU with the annotated one: mean "
+        f"{overlap[found].mean():.3f}, median {overlap[found].median():.3f}; mean confidence "
+        f"{confidence[found].mean():.3f}"
     )
 
 

@@ -1,9 +1,9 @@
-"""Prints how far a released network's numbers here are from the original's.
+"""Prints how far a released network's numbers differ from the original's.
 
 python -m tests.benchmarks.released_parity FOLDER NAME…, where FOLDER holds `forward_NAME.npz`.
 
-The second time, the images' pixels are off by float32's rounding. What that changes, no two programs
-agree on.
+The comparison is repeated with pixels that are off by float32's rounding: two programs cannot be expected to
+agree better than that.
 """
 
 import sys
@@ -36,7 +36,7 @@ def compare(name: str, released: Released) -> None:
         f"{name}: of 120 detections {sum(each.labels for each in detections)} other labels, "
         f"scores {max(each.scores for each in detections):.1e}, "
         f"boxes {max(each.boxes for each in detections):.1e} pixels, "
-        f"least IoU of masks {min(each.mask_iou for each in detections):.4f}"
+        f"minimum IoU of masks {min(each.mask_iou for each in detections):.4f}"
     )
     losses, gradients = step_differences(released)
     print(f"{name}: losses and confidences {worst(losses)}, gradients' norms {worst(gradients)}")

@@ -1,11 +1,11 @@
-"""Shows that a change of code leaves training as it was: 20 steps of every network under every supervision.
+"""Checks that a change of code does not change training: 20 steps of every network and supervision.
 
     python -m tests.benchmarks.same_losses record FILE     # before the change
-    python -m tests.benchmarks.same_losses compare FILE    # after it; exits 1 if a number has moved
+    python -m tests.benchmarks.same_losses compare FILE    # after it; exits 1 if a number differs
 
-Batches, initial weights (kept in FILE) and random numbers are the same on both sides, on one thread. All
-losses, the norm of the gradient and the number of pseudo masks of each step are compared, relative to the
-largest value of each.
+Batches, initial weights (stored in FILE) and random numbers are the same, on one thread. All losses, the norm
+of the gradient and the number of pseudo masks of each step are compared, relative to the largest value of
+each.
 """
 
 import argparse
@@ -47,7 +47,7 @@ _SUPERVISIONS: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
 
 
 def _batch(step: int, masks: str) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Bright ellipses on a dull ground, three in each image."""
+    """Two images with three colored ellipses each on a gray background."""
     generator = torch.Generator().manual_seed(step)
     images, targets = [], []
     for height, width in _SIZES:
@@ -83,7 +83,7 @@ def _segmenter(name: str) -> nn.Module:
     segmenter = build_segmenter(
         name, _CLASSES, backbone="efficientnet_lite0", weights="imagenet", image_size=128
     )
-    if name == "condinst":  # whose untrained head finds nothing
+    if name == "condinst":  # its untrained head detects nothing
         with torch.no_grad():
             segmenter.box_head.class_logits.bias.fill_(0.0)
             segmenter.box_head.distances.bias.fill_(2.0)
@@ -111,7 +111,7 @@ def _run(segmenter: nn.Module, wrap: Callable[[nn.Module], nn.Module], masks: st
 
 
 def _all_runs(weights: dict[str, dict[str, Tensor]]) -> dict[str, list[dict[str, float]]]:
-    """Every run from the initial weights of each network; those that are missing are added."""
+    """All runs, from the given initial weights of each network; missing ones are added."""
     runs = {}
     for network in _NETWORKS:
         segmenter = _segmenter(network)
@@ -125,7 +125,7 @@ def _all_runs(weights: dict[str, dict[str, Tensor]]) -> dict[str, list[dict[str,
 
 
 def _differences(before: list[dict[str, float]], after: list[dict[str, float]]) -> dict[str, float]:
-    """Of each number, the largest difference over the steps, relative to its largest value."""
+    """The largest difference of each number over the steps, relative to its largest value."""
     if before[0].keys() != after[0].keys():
         return dict.fromkeys(before[0].keys() ^ after[0].keys(), float("inf"))
     return {
@@ -150,13 +150,13 @@ def main() -> int:
         return 0
     recorded = torch.load(arguments.file, weights_only=True)
     runs = _all_runs(recorded["weights"])
-    moved = False
+    differs = False
     for name, before in recorded["runs"].items():
         differences = _differences(before, runs[name])
         worst = max(differences, key=differences.__getitem__)
-        moved |= differences[worst] > _TOLERANCE
+        differs |= differences[worst] > _TOLERANCE
         print(f"{name}: largest difference {differences[worst]:.1e} ({worst})")
-    return int(moved)
+    return int(differs)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the teacher adds to its forward pass: assigning and decoding pseudo masks, and the EMA update."""
+"""The teacher's work beside its forward pass: assigning and decoding pseudo masks, and the EMA update."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -15,27 +15,27 @@ from boxteacher.grid import mask_grid, upsample_aligned
 from boxteacher.targets import GridTargets, grid_targets
 from boxteacher_adapters.condinst import CondInst, DynamicMaskHead
 from boxteacher_adapters.parts.backbones import build_backbone
-from tests.benchmarks.measure import Row, in_turns
+from tests.benchmarks.measure import Row, alternate
 
 _STRIDE, _FEATURE_STRIDE, _IMAGES = 4, 8, 2
 
 
-def ema_row(rounds: int) -> Row:
-    """Three streams of memory against two."""
+def ema_row(repetitions: int) -> Row:
+    """The EMA update (three streams of memory) over a copy (two)."""
     teacher = CondInst(build_backbone("resnet50", "none"), num_classes=80).requires_grad_(False)
     student = copy.deepcopy(teacher)
     pairs = [(ours, theirs) for ours, theirs in zip(tensors(teacher), tensors(student), strict=True)]
     parameters = sum(parameter.numel() for parameter in teacher.parameters())
 
-    def follow() -> None:
+    def update() -> None:
         update_ema(teacher, student, 0.999)
 
-    def copied() -> None:
+    def copy_() -> None:
         for ours, theirs in pairs:
             ours.copy_(theirs)
 
     name = f"EMA of {parameters / 1e6:.0f} M parameters over copying them"
-    return in_turns(name, follow, copied, 5 * rounds, None, most_time=1.3)
+    return alternate(name, update, copy_, 5 * repetitions, None, max_time=1.3)
 
 
 def tensors(module: nn.Module) -> list[Tensor]:
@@ -43,7 +43,7 @@ def tensors(module: nn.Module) -> list[Tensor]:
 
 
 class Scripted(nn.Module):
-    """A provider whose candidates are there at once, so that all the time goes into what the core does."""
+    """A provider with ready candidates, so that only the core's work is measured."""
 
     mask_stride = _STRIDE
     size_divisor = 32
@@ -65,7 +65,7 @@ class Scripted(nn.Module):
 
 
 class Scene:
-    """Candidates with CondInst's dynamic filters, scattered so that a third can win a box."""
+    """Candidates with CondInst's dynamic filters, of which a third overlaps a box enough."""
 
     def __init__(self, height: int, width: int, candidates: int, boxes: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -104,8 +104,8 @@ def by_the_project(teacher: EMATeacher, scene: Scene) -> PseudoMasks:
     return PseudoMasks(pseudo.masks * scene.grid.box_masks, pseudo.confidence)
 
 
-def by_decoding_first(scene: Scene) -> PseudoMasks:
-    """Every candidate's mask at the image's size, then a loop over masks and boxes."""
+def by_decoding_all(scene: Scene) -> PseudoMasks:
+    """Decodes every candidate's mask at the image's size, then loops over masks and boxes."""
     count = len(scene.grid.boxes)
     decoded = scene.decode(torch.arange(len(scene.boxes))).sigmoid()  # (K, h, w)
     enlarged = upsample_aligned(decoded[:, None], _STRIDE)[:, 0]  # (K, H, W)
@@ -128,32 +128,32 @@ def by_decoding_first(scene: Scene) -> PseudoMasks:
     return PseudoMasks(masks, confidence)
 
 
-def pseudo_mask_rows(rounds: int, quick: bool) -> Iterator[Row]:
-    """Assignment, scoring and pseudo masks of two images, with quality on the grid and at the pixels."""
+def pseudo_mask_rows(repetitions: int, quick: bool) -> Iterator[Row]:
+    """Assignment, scoring and decoding for two images, with quality on the grid and on the image."""
     height, width, candidates, boxes = (160, 224, 20, 5) if quick else (800, 1216, 100, 20)
     scene = Scene(height, width, candidates, boxes)
-    plain = by_decoding_first(scene)
-    assert (plain.confidence > 0).sum() > boxes
+    expected = by_decoding_all(scene)
+    assert (expected.confidence > 0).sum() > boxes
     name = f"pseudo masks, {candidates} candidates × {boxes} boxes per image, {height} × {width}"
-    for place, aim in (("grid", None if quick else 1 / 20), ("image", None)):
+    for place, max_time in (("grid", None if quick else 1 / 20), ("image", None)):
         teacher = EMATeacher(Scripted(scene), quality_at=place)
         ours = by_the_project(teacher, scene)
         if place == "image":
-            assert torch.equal(ours.masks, plain.masks)
-            assert_close(ours.confidence, plain.confidence)
-        else:  # quality is a mean over other points, so near equals may change places
-            assert ((ours.confidence > 0) == (plain.confidence > 0)).all()
-            assert_close(ours.confidence.mean(), plain.confidence.mean(), rtol=0.02, atol=0)
-        yield in_turns(
+            assert torch.equal(ours.masks, expected.masks)
+            assert_close(ours.confidence, expected.confidence)
+        else:  # quality is a mean over other points, so nearly equal candidates may swap places
+            assert ((ours.confidence > 0) == (expected.confidence > 0)).all()
+            assert_close(ours.confidence.mean(), expected.confidence.mean(), rtol=0.02, atol=0)
+        yield alternate(
             f"{name}, quality on the {place}",
             partial(by_the_project, teacher, scene),
-            partial(by_decoding_first, scene),
-            rounds,
-            most_time=aim,
+            partial(by_decoding_all, scene),
+            repetitions,
+            max_time=max_time,
         )
 
 
-def teaching_rows(rounds: int, quick: bool) -> Iterator[Row]:
-    yield ema_row(rounds)
+def teaching_rows(repetitions: int, quick: bool) -> Iterator[Row]:
+    yield ema_row(repetitions)
     with torch.no_grad():
-        yield from pseudo_mask_rows(rounds, quick)
+        yield from pseudo_mask_rows(repetitions, quick)
