@@ -1,4 +1,4 @@
-"""The segmenter of examples/write_an_adapter.py, and a version of it that trains in seconds."""
+"""The segmenter of examples/write_an_adapter.py, and a small version that trains in seconds."""
 
 import importlib.util
 from pathlib import Path

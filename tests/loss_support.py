@@ -1,4 +1,4 @@
-"""Masks with all that the two pair losses compare them with."""
+"""Random masks with the inputs of the two pair losses."""
 
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,7 @@ from boxteacher.targets import color_similarity
 
 @dataclass(frozen=True)
 class Scene:
-    """Masks with all that the two pair losses compare them with."""
+    """Masks with the inputs of the two pair losses."""
 
     logits: Tensor  # (M, h, w)
     extents: Tensor  # (M, 4)

@@ -1,4 +1,4 @@
-"""Stand-ins for released checkpoints: their entries' names and shapes, values that all machines make alike.
+"""Stand-ins for released checkpoints: their entries' names and shapes, with values that can be recomputed.
 
 The reference numbers were computed from the same values.
 """
@@ -23,12 +23,12 @@ def released_shapes(name: str) -> Shapes:
 
 
 def is_computed(key: str) -> bool:
-    """Constants, which the original makes for itself."""
+    """Constants that the original code computes itself."""
     return key.endswith(("sizes_of_interest", "relative_position_index"))
 
 
 def stand_in(key: str, shape: tuple[int, ...]) -> Tensor:
-    """What the entry was when the reference numbers were computed."""
+    """The value that the reference numbers were computed with."""
     kind = key.rpartition(".")[2]
     if kind in ("num_batches_tracked", "_iter") or is_computed(key):
         return torch.zeros(shape)
@@ -49,7 +49,7 @@ def stand_in(key: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _adjusted(key: str, value: Tensor) -> Tensor:
-    """Makes the networks find something."""
+    """Shifts the heads' weights so that the networks detect objects."""
     if key.endswith(("cls_logits.weight", "cate_pred.weight")):
         return 3 * value
     if key.endswith("cls_logits.bias"):

@@ -1,7 +1,7 @@
-"""A device that notes whenever the program waits for it, on a machine that has none.
+"""A simulated device that counts synchronizations, for machines without a GPU.
 
-Its tensors are computed at once on the CPU, but say that they live on "meta". Their values come to the
-program only by operations that would make it wait for a real device, each of which is noted.
+Its tensors are computed on the CPU but report the device "meta". Python gets their values only through
+operations that would synchronize with a real device, each of which is counted.
 """
 
 import sys
@@ -33,7 +33,7 @@ _INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
 
 
 class DeviceTensor(Tensor):
-    """A tensor on the simulated device; `values` is what it holds."""
+    """A tensor on the simulated device, with its values on the CPU."""
 
     values: Tensor
 
@@ -48,15 +48,15 @@ class DeviceTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise RuntimeError(f"{func} met a simulated tensor outside of SimulatedDevice")
+        raise RuntimeError(f"{func} got a simulated tensor outside of SimulatedDevice")
 
 
 class SimulatedDevice(TorchDispatchMode):
-    """While entered, simulates the device; `waits` counts waits by file of the package and operation."""
+    """Context that simulates the device and counts synchronizations by file of the package and operation."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.waits: Counter[tuple[str, str]] = Counter()
+        self.synchronizations: Counter[tuple[str, str]] = Counter()
         self._constructors = _Constructors(self)
 
     def __enter__(self) -> "SimulatedDevice":
@@ -76,21 +76,21 @@ class SimulatedDevice(TorchDispatchMode):
         if wanted is not None:
             kwargs["device"] = torch.device("cpu")
         if (reads and _needs_values(func, args, kwargs)) or (reads != writes and _copies(func, kwargs)):
-            self.note(func.overloadpacket.__name__)
+            self.count(func.overloadpacket.__name__)
         args, kwargs = tree_map_only(DeviceTensor, attrgetter("values"), (args, kwargs))
         result = func(*args, **kwargs)
         return tree_map_only(Tensor, DeviceTensor, result) if writes else result
 
-    def note(self, operation: str) -> None:
-        """Counts a wait, by the file of the package that caused it."""
+    def count(self, operation: str) -> None:
+        """Counts a synchronization by the file of the package that caused it."""
         frame = sys._getframe()
         while frame.f_back and _PACKAGE not in Path(frame.f_code.co_filename).parents:
             frame = frame.f_back
-        self.waits[Path(frame.f_code.co_filename).name, operation] += 1
+        self.synchronizations[Path(frame.f_code.co_filename).name, operation] += 1
 
 
 class _Constructors(TorchFunctionMode):
-    """`torch.tensor` and `new_tensor` copy Python's numbers, and the program waits for the copy."""
+    """`torch.tensor` and `new_tensor` copy Python's numbers, which synchronizes."""
 
     def __init__(self, device: SimulatedDevice) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class _Constructors(TorchFunctionMode):
             func, args = torch.tensor, args[1:]
         device = kwargs.get("device")
         if func in (torch.tensor, torch.as_tensor) and device is not None and torch.device(device) == DEVICE:
-            self._device.note("tensor")
+            self._device.count("tensor")
             return DeviceTensor(func(*args, **{**kwargs, "device": "cpu"}))
         return func(*args, **kwargs)
 
@@ -111,7 +111,7 @@ class _Constructors(TorchFunctionMode):
 def _needs_values(func: Any, args: Any, kwargs: Any) -> bool:
     name = func.overloadpacket.__name__
     if name in _INDEXED:
-        return any(index is not None and _index_waits(index) for index in args[1])
+        return any(index is not None and _index_synchronizes(index) for index in args[1])
     if name == "repeat_interleave":
         return kwargs.get("output_size") is None
     if name == "copy_":
@@ -123,8 +123,8 @@ def _copies(func: Any, kwargs: Any) -> bool:
     return func.overloadpacket.__name__ == "_to_copy" and not kwargs.get("non_blocking")
 
 
-def _index_waits(index: Tensor) -> bool:
-    """A mask's length must be counted; an index of the CPU's must be copied."""
+def _index_synchronizes(index: Tensor) -> bool:
+    """A boolean index must be counted, an index on the CPU must be copied."""
     return index.dtype in (torch.bool, torch.uint8) or not _is_simulated(index)
 
 

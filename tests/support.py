@@ -1,4 +1,4 @@
-"""What several test files share: reference arrays, batches, and a segmenter whose candidates are scripted."""
+"""Shared by many tests: reference arrays, batches, and a segmenter with scripted candidates."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ def reference(name: str) -> Callable[[str], Tensor]:
 
 
 def assert_relative(actual: Tensor, expected: Tensor, rtol: float = 1e-4) -> None:
-    """Entry by entry; entries that are nothing beside the greatest may be off by float32's rounding of it."""
+    """Compares entry by entry; tiny entries may differ by float32's rounding of the largest."""
     expected = expected.to(actual.dtype)
-    greatest = float(expected.abs().max()) if expected.numel() else 0.0
-    assert_close(actual, expected, rtol=rtol, atol=1e-6 * greatest)
+    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    assert_close(actual, expected, rtol=rtol, atol=1e-6 * largest)
 
 
 def seeded_images(*sizes: tuple[int, int], seed: int = 0) -> list[Tensor]:
@@ -49,7 +49,7 @@ def filled(box: Sequence[int], height: int, width: int) -> Tensor:
 
 @dataclass
 class Script:
-    """Candidates that a `ScriptedSegmenter` proposes; without `logits`, its own map is every mask."""
+    """Candidates of a `ScriptedSegmenter`; without `logits`, every mask is its predicted map."""
 
     boxes: Tensor
     scores: Tensor
@@ -60,7 +60,7 @@ class Script:
 def script(
     *rows: tuple[int, Sequence[float], float], logits: Tensor | None = None, level: float | None = None
 ) -> Script:
-    """Rows of image, box and score; `level` stands for logits in (5, 5, …) that are made when asked for."""
+    """Candidates from rows of image, box and score; with `level`, all mask logits have that value."""
     boxes = torch.tensor([row[1] for row in rows], dtype=torch.float32).reshape(-1, 4)
     scores = torch.tensor([row[2] for row in rows], dtype=torch.float32)
     image_index = torch.tensor([row[0] for row in rows], dtype=torch.int64)
@@ -72,8 +72,8 @@ def script(
 class ScriptedSegmenter(nn.Module):
     """A small network that follows `PseudoMaskProvider`; each grid cell depends on its own pixels alone.
 
-    What it was called with is kept in `teacher_calls` (training mode, gradients enabled), `decoded`,
-    `decoded_for` (boxes, labels) and `student_images`.
+    It records its calls in `teacher_calls` (training mode, gradients enabled), `decoded`, `decoded_for`
+    (boxes, labels) and `student_images`.
     """
 
     mask_stride = 4

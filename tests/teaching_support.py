@@ -1,4 +1,4 @@
-"""A segmenter whose candidates are scripted, under a teacher, and a batch for it."""
+"""A `BoxTeacher` of a segmenter with scripted candidates, and a batch for it."""
 
 from inspect import signature
 from typing import Any
@@ -21,14 +21,14 @@ TEACHER_LOSSES = BOX_LOSSES | {"loss_pixel", "loss_affinity"}
 
 
 def teacher_of(plan: Script | None = None, samples: int = 1, layers: int = 1, **settings: Any) -> BoxTeacher:
-    """Settings are those of `EMATeacher` and of `BoxTeacher`."""
+    """A `BoxTeacher` in training mode, with settings of `EMATeacher` and of `BoxTeacher`."""
     torch.manual_seed(0)
     segmenter = ScriptedSegmenter(plan, samples=samples, layers=layers)
     return box_teacher(segmenter, **{"augmentation": nn.Identity(), "warmup_steps": 0, **settings}).train()
 
 
 def box_teacher(segmenter: nn.Module, **settings: Any) -> BoxTeacher:
-    """A `BoxTeacher` with the settings of an `EMATeacher` and its own."""
+    """A `BoxTeacher` with settings of `EMATeacher` and of `BoxTeacher`."""
     names = signature(EMATeacher.__init__).parameters.keys() & settings.keys()
     teacher = EMATeacher(segmenter, **{name: settings.pop(name) for name in names})
     return BoxTeacher(segmenter, teacher=teacher, **settings)

@@ -1,4 +1,4 @@
-"""Assignment of candidates to boxes, against the candidates choosing one after another."""
+"""Assignment of candidates to boxes, against a sequential loop over candidates."""
 
 import pytest
 import torch
@@ -9,13 +9,13 @@ from torch import Tensor
 from boxteacher.assignment import assign_greedily, match_quality
 
 
-def serially(iou: list[list[float]], score: list[float], boxes: int) -> list[int]:
-    """One candidate after another takes the best box that is still free."""
+def sequential(iou: list[list[float]], score: list[float], boxes: int) -> list[int]:
+    """In descending order of score, each candidate takes the best box that is still free."""
     owner = [-1] * boxes
-    for candidate in sorted(range(len(score)), key=lambda k: -score[k]):  # stable: equals in order
+    for candidate in sorted(range(len(score)), key=lambda k: -score[k]):  # stable: ties in order
         free = [n for n in range(boxes) if owner[n] < 0 and iou[candidate][n] > 0]
         if free:
-            owner[max(free, key=lambda n: iou[candidate][n])] = candidate  # of equals, the first
+            owner[max(free, key=lambda n: iou[candidate][n])] = candidate  # of ties, the first
     return owner
 
 
@@ -32,30 +32,30 @@ def problems(draw: st.DrawFn) -> tuple[list[list[float]], list[float], int]:
 
 @settings(max_examples=300, deadline=None)
 @given(problems())
-def test_all_choosing_at_once_gives_what_one_after_another_gives(problem):
+def test_the_parallel_assignment_equals_the_sequential_one(problem):
     iou, score, boxes = problem
     matrix = torch.tensor(iou, dtype=torch.float32).reshape(len(score), boxes)
-    assert assign_greedily(matrix, torch.tensor(score)).tolist() == serially(iou, score, boxes)
+    assert assign_greedily(matrix, torch.tensor(score)).tolist() == sequential(iou, score, boxes)
 
 
 @pytest.mark.parametrize("size", [(200, 40), (40, 200), (300, 3)])
-def test_large_problems_are_assigned_alike(size):
+def test_large_problems_equal_the_sequential_assignment(size):
     torch.manual_seed(0)
     iou = torch.rand(size)
     iou = torch.where(iou > 0.7, iou, 0.0)
     score = torch.rand(size[0])
-    assert assign_greedily(iou, score).tolist() == serially(iou.tolist(), score.tolist(), size[1])
+    assert assign_greedily(iou, score).tolist() == sequential(iou.tolist(), score.tolist(), size[1])
 
 
-def test_everyone_wanting_the_same_boxes_is_sorted_out():
-    """The longest chain of refusals: all candidates rank all boxes alike, so each round settles just one."""
+def test_candidates_with_the_same_ranking_of_boxes_are_assigned_by_score():
+    """The most iterations possible: all candidates rank the boxes alike, so each iteration assigns one."""
     iou = torch.linspace(1, 0.5, 12).expand(12, 12)
     score = torch.linspace(0.1, 0.9, 12)
     assert assign_greedily(iou, score).tolist() == list(range(11, -1, -1))
 
 
-def test_who_is_turned_down_at_the_last_finds_what_is_left():
-    """All rank the boxes alike but the worst, whose first wish is the box that goes away last."""
+def test_a_candidate_whose_best_box_is_taken_late_gets_the_box_that_is_left():
+    """All rank the boxes alike but the lowest-scoring one, whose best box is taken in the 11th iteration."""
     iou = torch.linspace(1, 0.5, 12).repeat(12, 1)
     iou[11, 10] = 2.0
     score = torch.linspace(0.9, 0.1, 12)
@@ -64,7 +64,7 @@ def test_who_is_turned_down_at_the_last_finds_what_is_left():
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), min_size=1, max_size=4), st.randoms())
-def test_rounds_for_the_image_with_most_boxes_are_enough_for_all(sizes, random):
+def test_as_many_iterations_as_boxes_in_any_one_image_are_enough(sizes, random):
     blocks = []
     for candidates, boxes in sizes:
         values = [random.choice([0.0, 0.5, 0.75, 1.0]) for _ in range(candidates * boxes)]
@@ -72,7 +72,7 @@ def test_rounds_for_the_image_with_most_boxes_are_enough_for_all(sizes, random):
     iou = torch.block_diag(*blocks)
     score = torch.tensor([random.choice([0.25, 0.5, 0.75]) for _ in range(len(iou))])
     chosen = assign_greedily(iou, score, max(boxes for _, boxes in sizes))
-    assert chosen.tolist() == serially(iou.tolist(), score.tolist(), iou.shape[1])
+    assert chosen.tolist() == sequential(iou.tolist(), score.tolist(), iou.shape[1])
 
 
 @settings(max_examples=50, deadline=None)
@@ -88,7 +88,7 @@ def test_the_order_of_candidates_and_of_boxes_does_not_matter(seed):
     assert torch.equal(torch.where(permuted >= 0, candidates[permuted], -1), owner[boxes])
 
 
-def test_a_candidate_owns_one_box_at_most_and_never_one_it_cannot_have():
+def test_a_candidate_is_assigned_to_at_most_one_box_and_only_one_that_it_overlaps():
     torch.manual_seed(1)
     iou = torch.rand(20, 30)
     iou = torch.where(iou > 0.6, iou, 0.0)
@@ -102,13 +102,13 @@ def boxes_of(*rows: tuple[float, ...]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float32).reshape(-1, 4)
 
 
-def test_candidates_of_another_image_never_match():
+def test_candidates_match_only_boxes_of_their_own_image():
     boxes = boxes_of((0, 0, 10, 10), (0, 0, 10, 10))
     quality = match_quality(boxes, torch.tensor([0, 1]), boxes, torch.tensor([1, 0]), 0.5)
     assert quality.tolist() == [[0, 1], [1, 0]]
 
 
-def test_the_threshold_itself_is_enough():
+def test_an_iou_equal_to_the_threshold_matches():
     candidates = boxes_of((0, 0, 10, 5), (0, 0, 10, 4.9), (0, 0, 10, 8))
     quality = match_quality(
         candidates, torch.zeros(3).long(), boxes_of((0, 0, 10, 10)), torch.zeros(1).long(), 0.5
@@ -129,7 +129,7 @@ def test_nothing_to_match_gives_an_empty_table(candidates, boxes):
     assert assign_greedily(quality, torch.zeros(candidates)).tolist() == [-1] * boxes
 
 
-def test_half_precision_boxes_are_compared_in_full():
+def test_half_precision_boxes_are_compared_in_float32():
     # 2047 × 2047 overflows float16.
     box = boxes_of((0, 0, 2047, 2047)).half()
     index = torch.zeros(1).long()

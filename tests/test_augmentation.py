@@ -1,4 +1,4 @@
-"""The student's view: another colour and sharpness, the same geometry, type and range."""
+"""The strong augmentation: other colors and sharpness, the same geometry, dtype and range."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_every_image_keeps_its_size_and_range(height: int, width: int, seed: int
     assert view.max() <= 1 + 1e-6
 
 
-def test_images_are_changed_each_in_its_own_way_and_where_they_are() -> None:
+def test_each_image_is_augmented_differently_and_without_moving_objects() -> None:
     torch.manual_seed(0)
     image = torch.zeros(3, 32, 32)
     image[0, 8:24, 8:24] = 1
@@ -31,8 +31,8 @@ def test_images_are_changed_each_in_its_own_way_and_where_they_are() -> None:
         assert (inner - outer).abs().max() > 0.1  # the square is where it was
 
 
-def test_without_blur_every_pixel_is_changed_by_its_own_colour_alone() -> None:
-    """A permutation of the pixels, which keeps the image's means, goes through the colours unharmed."""
+def test_without_blur_a_pixel_depends_on_its_own_color_alone() -> None:
+    """Color jitter commutes with a permutation of the pixels, which keeps the image's means."""
     image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
     order = torch.randperm(256, generator=torch.Generator().manual_seed(1))
 
@@ -45,9 +45,9 @@ def test_without_blur_every_pixel_is_changed_by_its_own_colour_alone() -> None:
         views = augment([image] * 20)
         torch.manual_seed(0)
         others = augment([permuted(image)] * 20)
-        # Contrast moves colours towards the mean, whose sum is then rounded in another order.
+        # Contrast uses the image's mean, whose sum is then rounded in another order.
         same = [torch.allclose(permuted(a), b, atol=1e-5) for a, b in zip(views, others, strict=True)]
-        assert all(same) if blur == 0 else sum(same) < 5  # a blur of 0.1 to 0.25 pixels is hardly one
+        assert all(same) if blur == 0 else sum(same) < 5  # a blur of 0.1 to 0.25 pixels changes nothing
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -61,7 +61,7 @@ def test_autocast_does_not_round_pixels(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
-def test_augmentation_keeps_sizes_and_range_and_leaves_its_input_alone():
+def test_augmentation_keeps_sizes_and_range_and_does_not_change_its_input():
     torch.manual_seed(0)
     images = seeded_images((33, 47), (20, 21), (48, 64))
     before = [image.clone() for image in images]
@@ -73,7 +73,7 @@ def test_augmentation_keeps_sizes_and_range_and_leaves_its_input_alone():
     assert all(torch.equal(a, b) for a, b in zip(images, before, strict=True))
 
 
-def test_augmentation_is_decoded_for_each_image_and_repeats_under_a_seed():
+def test_augmentation_is_sampled_for_each_image_and_repeats_under_a_seed():
     image = seeded_images((24, 24))[0]
     augment = StrongAugmentation()
 
@@ -87,7 +87,7 @@ def test_augmentation_is_decoded_for_each_image_and_repeats_under_a_seed():
 
 
 def test_augmentation_changes_no_geometry():
-    """Left bright, right dark: blurred and recoloured, yet on average the step stays in its column."""
+    """An edge between a bright and a dark half stays in its column."""
     torch.manual_seed(0)
     image = torch.full((3, 24, 24), 0.2)
     image[..., :12] = 0.8

@@ -1,4 +1,4 @@
-"""Counts over processes: two, each with a part of the batch, have the gradient of one with all of it."""
+"""Counts over processes: two with a part of the batch each give the gradient of one with the whole batch."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ PARTS = ([0, 1], [2])  # the second process has no box at all
 
 
 def boxes_as_masks(images, targets, grid):
-    """Every box is its own pseudo mask; only wide ones are trusted."""
+    """Filled boxes as pseudo masks, with confidence 0 for narrow ones."""
     boxes = torch.cat([each["boxes"] for each in targets])
     return PseudoMasks(torch.ones(len(boxes), *grid.shape), (boxes[:, 2] - boxes[:, 0] > 28).float() * 0.7)
 

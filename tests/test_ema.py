@@ -1,4 +1,4 @@
-"""The moving average, against its closed form."""
+"""The EMA update, against its closed form."""
 
 import copy
 
@@ -32,7 +32,7 @@ def tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.5, 0.999, 1.0])
-def test_every_tensor_follows_by_the_formula(momentum):
+def test_every_tensor_is_updated_by_the_formula(momentum):
     teacher, student = Mixed(1), Mixed(2)
     before, theirs = copy.deepcopy(tensors(teacher)), copy.deepcopy(tensors(student))
     update_ema(teacher, student, momentum)
@@ -67,7 +67,7 @@ def test_the_first_updates_are_a_plain_mean():
         assert_close(teacher.weight.detach(), torch.stack(history).mean(0), rtol=1e-5, atol=1e-6)
 
 
-def test_momentum_grows_from_nothing_to_its_maximum():
+def test_momentum_grows_from_0_to_its_maximum():
     momenta = [ema_momentum(step, 0.9) for step in range(50)]
     assert momenta[0] == 0
     assert momenta[1] == 0.5
@@ -76,7 +76,7 @@ def test_momentum_grows_from_nothing_to_its_maximum():
     assert ema_momentum(7, 0.0) == 0
 
 
-def test_no_gradient_flows_and_none_is_asked_for():
+def test_the_update_is_not_differentiated():
     teacher, student = nn.Linear(3, 2), nn.Linear(3, 2)
     update_ema(teacher, student, 0.5)
     assert teacher.weight.grad_fn is None

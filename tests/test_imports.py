@@ -1,4 +1,4 @@
-"""What imports what: the core needs torch alone, and arrows go one way."""
+"""Imports: the core needs torch alone, and dependencies point one way."""
 
 import ast
 import os
@@ -31,7 +31,7 @@ def within(module: str, packages: tuple[str, ...]) -> bool:
     return any(module == package or module.startswith(package + ".") for package in packages)
 
 
-def test_there_is_a_core_and_there_are_adapters():
+def test_the_core_and_the_adapters_are_found():
     names = {path.name for path in CORE}
     assert {"teacher.py", "protocol.py", "pairs.py", "__init__.py"} <= names
     assert "condinst.py" in {path.name for path in ADAPTERS}
@@ -78,7 +78,7 @@ def test_importing_the_core_loads_neither_users_nor_adapters_nor_extras():
     assert {module for module in loaded if within(module, unwanted)} == set()
 
 
-def test_importing_the_command_line_does_not_load_the_engine_yet():
+def test_importing_the_command_line_does_not_load_the_engine():
     loaded = loaded_after("import boxteacher.cli")
     assert {m for m in loaded if within(m, ("pycocotools", "boxteacher.engine", "boxteacher.data"))} == set()
 
@@ -103,7 +103,7 @@ def test_the_wheel_requires_five_packages_and_ships_every_package():
     assert set(project["tool"]["setuptools"]["packages"]) == found
 
 
-def test_the_version_is_one():
+def test_the_package_and_pyproject_have_the_same_version():
     import boxteacher
 
     line = f'version = "{boxteacher.__version__}"'

@@ -72,7 +72,7 @@ def test_no_masks_at_all_give_zero_and_a_gradient():
     assert gradient.shape == logits.shape
 
 
-def test_masks_without_confidence_teach_nothing():
+def test_masks_without_confidence_have_no_loss_and_no_gradient():
     torch.manual_seed(0)
     logits = torch.randn(3, 8, 10, requires_grad=True)
     losses = all_losses(logits, confidence=0.0)
@@ -82,7 +82,7 @@ def test_masks_without_confidence_teach_nothing():
     assert (gradient == 0).all()
 
 
-def test_masks_without_confidence_do_not_water_down_the_others():
+def test_masks_without_confidence_do_not_count_in_the_mean():
     torch.manual_seed(0)
     logits, masks = torch.randn(3, 8, 10), torch.rand(3, 8, 10) < 0.5
     alone = noise_aware_pixel_loss(logits[:1], masks[:1], torch.tensor([0.6]))
@@ -93,7 +93,7 @@ def test_masks_without_confidence_do_not_water_down_the_others():
     assert float(affinity) == pytest.approx((2 * 0.6 + 1 * 0.5) / 2)
 
 
-def test_colour_pairwise_loss_is_a_mean_over_pairs_not_over_masks():
+def test_color_pairwise_loss_is_a_mean_over_pairs_not_over_masks():
     assert float(color_pairwise_loss(torch.tensor([6.0, 1.0]), torch.tensor([3.0, 4.0]))) == 1.0
     assert color_pairwise_loss(torch.zeros(2), torch.zeros(2)) == 0
 
@@ -135,7 +135,7 @@ def box_of_ones(height: int = 10, width: int = 12) -> Tensor:
     return box
 
 
-def test_projection_vanishes_for_whatever_casts_the_shadow_of_the_box():
+def test_projection_loss_is_zero_for_any_mask_with_the_projections_of_the_box():
     box = box_of_ones()
     diagonal = torch.zeros_like(box)
     diagonal[0, torch.arange(2, 8), torch.arange(3, 9)] = True
@@ -151,15 +151,15 @@ def test_projection_of_nothing_is_two_and_of_everything_is_known():
     assert everything == pytest.approx((1 - 2 * 6 / (10 + 6)) + (1 - 2 * 6 / (12 + 6)), abs=1e-5)
 
 
-def test_projection_teaches_only_the_greatest_logit_of_each_row_and_column():
+def test_projection_loss_has_a_gradient_only_at_the_maximum_of_each_row_and_column():
     torch.manual_seed(0)
     logits = torch.randn(1, 10, 12, requires_grad=True)
     (gradient,) = torch.autograd.grad(projection_loss(logits, box_of_ones()).sum(), logits)
-    greatest = (logits == logits.amax(1, keepdim=True)) | (logits == logits.amax(2, keepdim=True))
-    assert torch.equal(gradient != 0, greatest)
+    is_maximum = (logits == logits.amax(1, keepdim=True)) | (logits == logits.amax(2, keepdim=True))
+    assert torch.equal(gradient != 0, is_maximum)
 
 
-def test_projection_does_not_change_in_a_mirror_or_on_its_side():
+def test_projection_loss_is_invariant_to_flips_and_transposition():
     torch.manual_seed(0)
     logits, box = torch.randn(1, 10, 12), box_of_ones()
     loss = projection_loss(logits, box)
@@ -168,8 +168,8 @@ def test_projection_does_not_change_in_a_mirror_or_on_its_side():
     assert_close(projection_loss(logits.mT, box.mT), loss)
 
 
-def test_a_larger_canvas_changes_no_loss():
-    """Cells outside the box whose logits are far below zero are as good as absent."""
+def test_padding_changes_no_loss():
+    """Cells outside the box with very negative logits do not count."""
     torch.manual_seed(0)
     logits, box = torch.randn(1, 10, 12), box_of_ones()
     wide = F.pad(logits, (0, 8, 0, 4), value=-60.0)

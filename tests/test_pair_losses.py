@@ -31,7 +31,7 @@ def neighbors(grid: Tensor) -> Tensor:
 
 
 def naive_pair_sums(scene: Scene) -> tuple[Tensor, Tensor]:
-    """Both relations over every cell of the grid, in all directions, with probabilities, not logits."""
+    """Sums over all cells of the grid and all eight neighbors, computed with probabilities, not logits."""
     height, width = scene.logits.shape[1:]
     row, column = torch.arange(height)[:, None], torch.arange(width)
     top, left, bottom, right = scene.extents[:, :, None, None].unbind(1)
@@ -75,7 +75,7 @@ def test_pair_sums_are_those_of_a_naive_version(masks, height, width, seed):
 
 
 def test_pair_sums_do_not_depend_on_how_boxes_are_packed(monkeypatch):
-    """Many small packings, or few large ones with boxes of any width: the same values."""
+    """Many small packings, and few large ones with boxes of any width, give the same values."""
     scene = random_scene(30, 24, 40)
     expected = scene.pair_sums()
     for cells, ratio in ((1, 1.01), (2**30, 1e6)):
@@ -87,7 +87,7 @@ def test_pair_sums_do_not_depend_on_how_boxes_are_packed(monkeypatch):
 
 
 def test_the_work_grows_with_the_boxes_and_not_with_the_grid():
-    """A box's part of a packing holds the box with its border and, at most, what its width class adds."""
+    """The packed area is that of the boxes with their borders, up to the ratio of widths in one packing."""
     generator = torch.Generator().manual_seed(0)
     first = torch.randint(0, 180, (100, 2), generator=generator)
     extents = torch.cat([first, first + torch.randint(2, 100, (100, 2), generator=generator)], 1)
@@ -125,7 +125,7 @@ def test_gradients_of_pair_sums_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(sums_of, (scene.logits.requires_grad_(),))
 
 
-def test_counts_have_no_gradient_and_none_is_kept_without_need():
+def test_counts_have_no_gradient_and_sums_only_if_logits_need_one():
     scene = random_scene(2, 5, 6)
     sums, counts = scene.pair_sums()
     assert not sums.requires_grad
@@ -158,8 +158,8 @@ def test_pair_term_is_never_negative():
 
 
 @pytest.mark.parametrize("dimension", [1, 2])
-def test_pairs_count_alike_in_a_mirror(dimension):
-    """Flipping the image, the boxes, the pseudo masks and the logits together changes no loss."""
+def test_pair_sums_are_invariant_to_flips(dimension):
+    """Image, boxes, pseudo masks and logits are flipped together."""
     scene = random_scene(6, 16, 24)
     sums, counts = scene.pair_sums()
     mirrored_sums, mirrored_counts = scene.flip(dimension).pair_sums()

@@ -27,7 +27,7 @@ from tests.teaching_support import (
 
 
 def test_a_candidate_whose_best_box_is_taken_gets_its_second_best():
-    """Two boxes alike, and two candidates that both prefer the first."""
+    """Two similar boxes, and two candidates whose IoU is higher with the first."""
     plan = script(
         (0, (4, 4, 30, 30), 0.9),
         (0, (4, 4, 30, 30), 0.8),
@@ -40,7 +40,7 @@ def test_a_candidate_whose_best_box_is_taken_gets_its_second_best():
     assert confidence[2] == 0
 
 
-def test_pseudo_masks_are_the_winners_cut_to_their_boxes():
+def test_pseudo_masks_are_the_assigned_candidates_masks_cut_to_their_boxes():
     model = teacher_of(PLAN)
     model(IMAGES, TARGETS)
     pseudo = model.last_pseudo_masks
@@ -53,7 +53,7 @@ def test_pseudo_masks_are_the_winners_cut_to_their_boxes():
     assert_close(pseudo.confidence, expected)
 
 
-def test_a_clear_mask_beats_a_better_score():
+def test_a_higher_quality_mask_is_preferred_to_a_higher_score():
     """√(score · quality): 0.8 · σ(4) is more than 0.9 · σ(0.5)."""
     box = (4, 4, 30, 30)
     logits = torch.tensor([0.5, 4.0]).view(2, 1, 1)
@@ -70,7 +70,7 @@ def test_confidence_by_the_paper_s_formula():
     assert_close(model.last_pseudo_masks.confidence, expected)
 
 
-def test_the_quality_of_a_mask_does_not_see_the_padding_of_its_image():
+def test_the_padding_of_an_image_does_not_count_in_mask_quality():
     """Image 1 is smaller than the padded batch: the mask's cells beyond it do not count."""
     logits = plateau((0, 0, 16, 12))
     logits[0, :, 13:] = 9.0  # columns from pixel 54, beyond the 50 of the image
@@ -81,7 +81,7 @@ def test_the_quality_of_a_mask_does_not_see_the_padding_of_its_image():
     assert_close(model.last_pseudo_masks.confidence[2], expected)
 
 
-def test_masks_are_decoded_once_and_only_for_candidates_that_can_win():
+def test_masks_are_decoded_once_and_only_for_candidates_that_may_be_assigned():
     plan = script(
         (0, (4, 4, 30, 30), 0.9),
         (0, (30, 30, 60, 47), 0.9),  # IoU with the second box below 0.5
@@ -110,7 +110,7 @@ def test_masks_are_decoded_for_the_box_that_a_candidate_overlaps_most(scale):
 
 
 class BoxAligned(ScriptedSegmenter):
-    """Its masks fill the box that they are decoded for."""
+    """A segmenter whose masks fill the box that they are decoded for."""
 
     def forward_teacher(self, images):
         found = super().forward_teacher(images)
@@ -120,7 +120,7 @@ class BoxAligned(ScriptedSegmenter):
         )
 
 
-def test_a_candidate_that_gets_its_second_best_box_has_its_mask_there():
+def test_a_candidate_assigned_to_its_second_best_box_is_decoded_in_that_box():
     plan = script((0, (4, 4, 30, 30), 0.9), (0, (5, 4, 31, 30), 0.8))
     model = box_teacher(BoxAligned(plan)).train()
     model([IMAGE], [target((4, 4, 30, 30), (10, 4, 36, 30))])
@@ -158,7 +158,7 @@ def test_an_annotated_mask_is_used_as_it_is_with_confidence_1():
     assert 0 < pseudo.confidence[2] < 1
 
 
-def test_only_targets_said_to_have_a_mask_use_it():
+def test_only_masks_with_has_mask_are_used():
     annotated = torch.rand(2, 48, 64) < 0.5
     targets = [{**TARGETS[0], "masks": annotated, "has_mask": torch.tensor([False, True])}, TARGETS[1]]
     model, plain = teacher_of(PLAN), teacher_of(PLAN)
@@ -173,7 +173,7 @@ def test_only_targets_said_to_have_a_mask_use_it():
 
 
 def test_images_do_not_influence_each_other_s_pseudo_masks():
-    """Alone, in another order, or beside a larger image: the same masks, as far as the image goes."""
+    """Alone and beside a larger image: the same masks inside the image."""
     plan = script((0, (4, 4, 30, 30), 0.9), (0, (22, 10, 60, 44), 0.6))
     alone = teacher_of(plan)
     alone([IMAGES[0]], [TARGETS[0]])

@@ -1,4 +1,4 @@
-"""The released code's numbers: every array of the reference files, with its gradients."""
+"""Values and gradients equal those of the released code in the reference files."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_projection_loss_and_gradient_are_the_reference():
     assert_relative(gradient, array("projection_grad"))
 
 
-def test_pair_term_is_the_reference_and_certain_outside_the_grid():
+def test_pair_term_is_the_reference_and_0_outside_the_grid():
     array = reference("boxinst_losses")
     logits = array("mask_logits").double()
     ones = torch.ones_like(logits)
@@ -75,7 +75,7 @@ def test_pair_term_is_the_reference_and_certain_outside_the_grid():
 
 
 def test_each_pair_of_the_kernel_is_the_reference_term():
-    """`pair_sums` with a single direction related adds up just those pairs' terms, once from either cell."""
+    """With a relation of one offset alone, `pair_sums` adds up the terms of its pairs, once per cell."""
     array = reference("boxinst_losses")
     logits, terms = array("mask_logits"), array("pairwise_term")
     everywhere = BoxRegions(
@@ -181,7 +181,7 @@ def test_scores_and_assignment_are_the_reference(case):
     assert torch.equal(chosen, arrays(f"{case}_chosen"))
 
 
-def test_all_reference_cases_of_the_assignment_are_tested():
+def test_the_assignment_has_as_many_reference_cases_as_are_tested():
     assert int(reference("assignment")("cases")) == 12
 
 

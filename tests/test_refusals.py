@@ -1,4 +1,4 @@
-"""Models and batches that do not fit are named in one line."""
+"""Invalid models and batches: errors of one line that name what is wrong."""
 
 import math
 
@@ -19,7 +19,7 @@ from tests.teaching_support import (
 
 
 @pytest.mark.parametrize("name", ["forward_teacher", "forward_student", "mask_stride", "size_divisor"])
-def test_a_model_that_lacks_a_part_is_told_which_and_where_to_read(name):
+def test_the_error_for_an_incomplete_model_names_the_missing_part_and_the_guide(name):
     parts = {
         "mask_stride": 4,
         "size_divisor": 32,
@@ -61,12 +61,12 @@ def test_the_scripted_segmenter_follows_the_protocol():
         ),
     ],
 )
-def test_a_batch_that_does_not_fit_is_named_in_one_line(images, targets, message):
+def test_an_invalid_batch_is_refused_in_one_line(images, targets, message):
     with pytest.raises(InputError, match=message) as caught:
         teacher_of(PLAN)(images, targets)
     assert "\n" not in str(caught.value)
 
 
-def test_boxes_that_are_no_list_of_boxes_are_named_too():
+def test_boxes_of_one_dimension_are_refused():
     with pytest.raises(InputError, match="target 0: boxes"):
         teacher_of(PLAN)([IMAGE], [{"boxes": torch.zeros(4), "labels": torch.zeros(4)}])

@@ -12,20 +12,20 @@ from boxteacher.scoring import mask_confidence, mask_quality, ranking_score
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(0, 1, width=32), min_size=12, max_size=12), st.sampled_from([0.3, 0.5, 0.75]))
-def test_quality_is_the_mean_of_what_exceeds_the_threshold(values, threshold):
+def test_quality_is_the_mean_of_the_probabilities_above_the_threshold(values, threshold):
     own = [value for value in values if value > torch.tensor(threshold).item()]
     expected = sum(own) / len(own) if own else 0.0
     masks = torch.tensor(values).view(1, 3, 4)
     assert float(mask_quality(masks, threshold)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_mask_without_pixels_has_no_quality():
+def test_a_mask_without_pixels_has_quality_0():
     masks = torch.stack([torch.zeros(3, 4), torch.full((3, 4), 0.5)])
     assert mask_quality(masks).tolist() == [0, 0]
     assert mask_quality(torch.zeros(0, 3, 4)).shape == (0,)
 
 
-def test_quality_does_not_see_padding():
+def test_padding_does_not_change_quality():
     masks = torch.rand(5, 6, 7)
     assert_close(mask_quality(torch.nn.functional.pad(masks, (0, 9, 0, 2))), mask_quality(masks))
 
@@ -40,7 +40,7 @@ def test_confidence_by_both_formulas():
 
 @settings(max_examples=50, deadline=None)
 @given(st.floats(0, 1, width=32), st.floats(0, 1, width=32), st.sampled_from(["paper", "released"]))
-def test_confidence_lies_between_nothing_and_one_and_grows_with_both(score, quality, formula):
+def test_confidence_is_between_0_and_1_and_grows_with_score_and_quality(score, quality, formula):
     s, q = torch.tensor([score]), torch.tensor([quality])
     value = mask_confidence(s, q, formula)
     assert 0 <= value <= 1
@@ -60,7 +60,7 @@ def test_smoothing_averages_each_cell_with_its_window():
                 assert float(smooth[m, y, x]) == pytest.approx(expected, abs=1e-6)
 
 
-def test_smoothing_commutes_with_mirrors():
+def test_smoothing_commutes_with_flips():
     masks = torch.rand(2, 5, 4) < 0.5
     for dimension in (1, 2):
         assert_close(smooth_masks(masks.flip(dimension)), smooth_masks(masks).flip(dimension))

@@ -1,4 +1,4 @@
-"""Any source of pseudo masks in the teacher's place, and an EMA teacher by itself."""
+"""Other sources of pseudo masks as the teacher, and an EMA teacher used alone."""
 
 import copy
 
@@ -27,7 +27,7 @@ def half_masks(images: list[Tensor], targets: list, grid: MaskGrid) -> PseudoMas
     return PseudoMasks(torch.cat(masks), CONFIDENCE)
 
 
-def taught_by(source: PseudoMaskSource, **settings: float) -> BoxTeacher:
+def model_with(source: PseudoMaskSource, **settings: float) -> BoxTeacher:
     torch.manual_seed(0)
     segmenter = ScriptedSegmenter()
     return BoxTeacher(
@@ -35,8 +35,8 @@ def taught_by(source: PseudoMaskSource, **settings: float) -> BoxTeacher:
     ).train()
 
 
-def test_a_plain_function_is_a_source():
-    model = taught_by(half_masks, pixel_weight=1.0)
+def test_a_function_can_be_a_source():
+    model = model_with(half_masks, pixel_weight=1.0)
     losses = model(IMAGES, TARGETS)
     pseudo = model.last_pseudo_masks
     truth = grid_targets(IMAGES, TARGETS, mask_grid(IMAGES, 4, 16))
@@ -48,8 +48,8 @@ def test_a_plain_function_is_a_source():
     assert_close(losses["loss_pixel"].detach(), expected)
 
 
-def test_with_a_source_evaluation_is_the_student_s_and_steps_are_still_counted():
-    model = taught_by(half_masks)
+def test_with_another_source_evaluation_uses_the_student_and_steps_are_counted():
+    model = model_with(half_masks)
     optimizer = torch.optim.SGD(model.student.parameters(), lr=0.1)
     sum(model(IMAGES, TARGETS).values()).backward()
     optimizer.step()
@@ -63,7 +63,7 @@ def test_with_a_source_evaluation_is_the_student_s_and_steps_are_still_counted()
     assert copied.teacher is half_masks
 
 
-def test_the_parameters_of_a_source_are_not_trained_and_it_stays_in_evaluation_mode():
+def test_a_source_is_frozen_and_stays_in_evaluation_mode():
     class Promptable(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -75,13 +75,13 @@ def test_the_parameters_of_a_source_are_not_trained_and_it_stays_in_evaluation_m
             return half_masks(images, targets, grid)
 
     source = Promptable()
-    model = taught_by(source)
+    model = model_with(source)
     sum(model(IMAGES, TARGETS).values()).backward()
     assert source.calls == [(False, False)]
     assert not source.weight.requires_grad
 
 
-def test_an_annotated_mask_takes_the_place_of_a_source_s_with_its_own_confidence():
+def test_an_annotated_mask_replaces_the_source_s_with_its_own_confidence():
     annotated = torch.rand(2, 48, 64) < 0.5
     given = {
         **TARGETS[0],
@@ -89,23 +89,23 @@ def test_an_annotated_mask_takes_the_place_of_a_source_s_with_its_own_confidence
         "has_mask": torch.tensor([True, False]),
         "mask_confidence": torch.tensor([0.25, 0.5]),
     }
-    model = taught_by(half_masks)
+    model = model_with(half_masks)
     model(IMAGES, [given, TARGETS[1]])
     pseudo = model.last_pseudo_masks
     assert_close(pseudo.confidence, torch.tensor([0.25, 0.0, 0.4]))
     assert torch.equal(pseudo.masks[0] > 0, annotated[0, 2::4, 2::4])
 
 
-def test_a_source_that_gives_the_wrong_shape_is_named():
+def test_pseudo_masks_of_the_wrong_shape_are_refused():
     def transposed(images: list[Tensor], targets: list, grid: MaskGrid) -> PseudoMasks:
         pseudo = half_masks(images, targets, grid)
         return PseudoMasks(pseudo.masks.mT, pseudo.confidence)
 
     with pytest.raises(ProtocolError, match=r"gave pseudo masks \(3, 16, 12\).*\(3, 12, 16\)"):
-        taught_by(transposed)(IMAGES, TARGETS)
+        model_with(transposed)(IMAGES, TARGETS)
 
 
-def test_an_ema_teacher_by_itself_gives_what_it_gives_in_a_training_step():
+def test_an_ema_teacher_alone_gives_the_pseudo_masks_of_a_training_step():
     model = teacher_of(PLAN)
     model(IMAGES, TARGETS)
     expected = model.last_pseudo_masks
@@ -116,8 +116,8 @@ def test_an_ema_teacher_by_itself_gives_what_it_gives_in_a_training_step():
     assert isinstance(model.teacher, PseudoMaskSource)
 
 
-def test_a_teacher_of_another_stride_and_divisor_finds_the_same_mask():
-    """A teacher on a grid of stride 8 teaches a student on one of stride 4."""
+def test_pseudo_masks_of_another_stride_and_divisor_land_on_the_student_s_grid():
+    """The teacher's grid has stride 8, the student's stride 4."""
 
     class Coarse(ScriptedSegmenter):
         mask_stride = 8

@@ -1,4 +1,4 @@
-"""How two state dicts differ, and in which words."""
+"""Comparison of state dicts, and its description in one line."""
 
 import torch
 
@@ -33,6 +33,6 @@ def test_an_optional_entry_may_be_missing_but_not_of_another_shape():
     assert compare_states(wanted, state(mean=(1,)), optional=optional) == StateDifference(["a"], [], ["mean"])
 
 
-def test_names_are_cut_after_the_third():
+def test_a_list_of_names_ends_after_the_third():
     assert first_names(["a", "b", "c"]) == "a, b, c"
     assert first_names(["a", "b", "c", "d"]) == "a, b, c, …"

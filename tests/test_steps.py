@@ -1,4 +1,4 @@
-"""The teacher follows once each time that the weights have really moved, whatever the loop does."""
+"""The teacher is updated once per optimizer step that changed the weights, in any training loop."""
 
 import copy
 import gc
@@ -50,7 +50,7 @@ def teacher_weights(model: BoxTeacher) -> torch.Tensor:
     return weights(model.teacher)
 
 
-def test_reading_moves_no_weights():
+def test_reading_optimizer_steps_does_not_update_the_teacher():
     model = small_teacher()
     before = weights(model.teacher)
     step(model, sgd(model))
@@ -61,7 +61,7 @@ def test_reading_moves_no_weights():
     assert torch.equal(weights(model.teacher), weights(model.student))
 
 
-def test_plain_steps_are_counted_one_by_one():
+def test_optimizer_steps_are_counted():
     model = small_teacher()
     optimizer = sgd(model)
     for number in range(1, 5):
@@ -82,8 +82,8 @@ def test_the_teacher_is_the_average_of_the_student_s_weights():
     assert (teacher_weights(model) - history[-1]).abs().max() > 1e-4
 
 
-def test_the_teacher_of_a_step_is_that_of_the_steps_before_it():
-    """During the second step the teacher is the student as the first step left it."""
+def test_the_teacher_of_a_step_averages_the_steps_before_it():
+    """During the second step the teacher is the student after the first step."""
     model = small_teacher()
     optimizer = sgd(model)
     step(model, optimizer)
@@ -95,7 +95,7 @@ def test_the_teacher_of_a_step_is_that_of_the_steps_before_it():
     assert not torch.equal(teacher_weights(model), after_first)
 
 
-def test_buffers_follow_too():
+def test_buffers_are_averaged_too():
     model = small_teacher(momentum=0.0)
     step(model, sgd(model))
     model.synchronize()
@@ -103,7 +103,7 @@ def test_buffers_follow_too():
     assert model.teacher.model.norm.num_batches_tracked == 1
 
 
-def test_accumulated_gradients_are_one_step():
+def test_gradient_accumulation_is_one_step():
     model = small_teacher()
     optimizer = sgd(model)
     before = teacher_weights(model)
@@ -121,7 +121,9 @@ def fused_adam(model: nn.Module) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("make_optimizer", [sgd, fused_adam])
-def test_a_step_that_the_scaler_skips_is_none(make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]):
+def test_a_step_that_a_scaler_skips_is_not_counted(
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+):
     model = small_teacher()
     optimizer = make_optimizer(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
@@ -157,7 +159,7 @@ def test_two_optimizers_over_one_student_make_one_step():
         assert model.optimizer_steps == number
 
 
-def test_an_optimizer_over_other_parameters_is_not_noticed():
+def test_steps_over_other_parameters_are_not_counted():
     model = small_teacher()
     other = nn.Linear(2, 2)
     other(torch.ones(1, 2)).sum().backward()
@@ -165,7 +167,7 @@ def test_an_optimizer_over_other_parameters_is_not_noticed():
     assert model.optimizer_steps == 0
 
 
-def test_two_models_count_each_their_own():
+def test_two_models_count_their_own_steps():
     one, two = small_teacher(), small_teacher()
     first, second = sgd(one), sgd(two)
     step(one, first)
@@ -186,7 +188,7 @@ def saved(model: BoxTeacher) -> BoxTeacher:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
-def test_a_copy_goes_on_by_itself(copied: Callable[[BoxTeacher], BoxTeacher]):
+def test_a_copy_counts_its_own_steps(copied: Callable[[BoxTeacher], BoxTeacher]):
     model = small_teacher()
     optimizer = sgd(model)
     step(model, optimizer)
@@ -202,7 +204,7 @@ def test_a_copy_goes_on_by_itself(copied: Callable[[BoxTeacher], BoxTeacher]):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-def test_a_step_not_yet_seen_is_in_the_copy(copied: Callable[[BoxTeacher], BoxTeacher]):
+def test_a_copy_includes_the_last_step(copied: Callable[[BoxTeacher], BoxTeacher]):
     model = small_teacher()
     step(model, sgd(model))
     twin = copied(model)
@@ -220,7 +222,7 @@ def test_a_model_that_is_no_longer_used_is_freed():
     assert teacher() is None
 
 
-def test_a_counter_outlives_its_module_without_harm():
+def test_a_counter_may_outlive_its_module():
     module = nn.Linear(2, 2)
     counter = StepCounter(module)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
@@ -234,7 +236,7 @@ def test_a_counter_outlives_its_module_without_harm():
     assert counter.steps == 1
 
 
-def test_a_run_resumed_from_a_state_dict_is_the_run_uninterrupted():
+def test_a_run_resumed_from_a_state_dict_equals_the_uninterrupted_run():
     model = small_teacher()
     optimizer = sgd(model)
     for number in range(3):
@@ -252,7 +254,7 @@ def test_a_run_resumed_from_a_state_dict_is_the_run_uninterrupted():
     assert torch.equal(teacher_weights(resumed), teacher_weights(model))
 
 
-def test_a_state_dict_holds_the_step_just_taken():
+def test_a_state_dict_includes_the_last_step():
     model = small_teacher()
     step(model, sgd(model))
     state = model.state_dict()
@@ -260,7 +262,7 @@ def test_a_state_dict_holds_the_step_just_taken():
         assert torch.equal(state[f"teacher.model.{name}"], value)
 
 
-def test_a_state_dict_can_be_read_without_trusting_it():
+def test_a_state_dict_is_loaded_with_weights_only():
     model = small_teacher()
     step(model, sgd(model))
     file = io.BytesIO()
@@ -271,7 +273,7 @@ def test_a_state_dict_can_be_read_without_trusting_it():
     assert other.optimizer_steps == 1
 
 
-def test_loading_forgets_a_step_that_was_taken_before_it():
+def test_loading_a_state_dict_discards_earlier_steps():
     model = small_teacher()
     state = copy.deepcopy(model.state_dict())
     step(model, sgd(model))
@@ -280,7 +282,7 @@ def test_loading_forgets_a_step_that_was_taken_before_it():
     assert torch.equal(teacher_weights(model), weights(model.student))
 
 
-def test_evaluation_in_inference_mode_between_steps_harms_nothing():
+def test_training_continues_after_evaluation_in_inference_mode():
     model = small_teacher()
     optimizer = sgd(model)
     step(model, optimizer)

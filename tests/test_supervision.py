@@ -1,4 +1,4 @@
-"""What evaluation, `unwrap` and a checkpoint see, and the two supervisions without a teacher."""
+"""Evaluation, `unwrap` and state dicts of the wrappers, and the two supervisions without a teacher."""
 
 import copy
 
@@ -23,7 +23,7 @@ from tests.teaching_support import (
 )
 
 
-def test_evaluation_is_the_teacher_s_unless_the_student_is_asked_for():
+def test_evaluation_uses_the_teacher_unless_inference_is_student():
     model = teacher_of(PLAN)
     with torch.no_grad():
         model.student.cells.weight.mul_(3)
@@ -50,7 +50,7 @@ def test_an_unwrapped_segmenter_is_a_plain_copy():
     assert all(torch.equal(value, before[name]) for name, value in model.teacher.state_dict().items())
 
 
-def test_unwrap_gives_what_evaluation_uses():
+def test_unwrap_returns_the_network_that_evaluation_uses():
     model = teacher_of(PLAN, inference="student")
     with torch.no_grad():
         model.student.cells.weight.mul_(3)
@@ -59,7 +59,7 @@ def test_unwrap_gives_what_evaluation_uses():
     assert torch.equal(model.unwrap().cells.weight, model.teacher.model.cells.weight)
 
 
-def test_a_copy_of_the_state_gives_the_same_losses():
+def test_a_model_with_the_loaded_state_gives_the_same_losses():
     model = teacher_of(warmup_steps=10)
     model.teacher.model.plan = model.student.plan = script(
         (0, (4, 4, 30, 30), 0.9), (1, (10, 10, 40, 36), 0.8)
@@ -76,7 +76,7 @@ def test_a_copy_of_the_state_gives_the_same_losses():
     assert numbers(other(IMAGES, TARGETS)) == numbers(model(IMAGES, TARGETS))
 
 
-def test_box_supervision_is_the_teacher_s_box_part():
+def test_box_supervision_has_the_box_losses_of_box_teacher():
     torch.manual_seed(0)
     plain = numbers(BoxSupervised(ScriptedSegmenter(), warmup_steps=0).train()(IMAGES, TARGETS))
     taught = numbers(teacher_of(PLAN)(IMAGES, TARGETS))
@@ -84,7 +84,7 @@ def test_box_supervision_is_the_teacher_s_box_part():
     assert plain == pytest.approx({name: taught[name] for name in BOX_LOSSES}, rel=1e-6)
 
 
-def test_box_supervision_never_looks_at_masks():
+def test_box_supervision_ignores_masks():
     torch.manual_seed(0)
     model = BoxSupervised(ScriptedSegmenter(), warmup_steps=0).train()
     with_masks = [
@@ -107,7 +107,7 @@ def test_mask_supervision_is_the_mean_dice_of_the_annotated_masks():
     )
 
 
-def test_mask_supervision_without_masks_teaches_no_masks_and_says_so_once(caplog):
+def test_mask_supervision_without_masks_has_mask_loss_0_and_warns_once(caplog):
     torch.manual_seed(0)
     model = MaskSupervised(ScriptedSegmenter()).train()
     for _ in range(2):

@@ -105,9 +105,9 @@ def test_lab_of_well_known_colors(rgb, lab):
     assert_close(result, torch.tensor(lab, dtype=torch.float32), rtol=0, atol=0.02)
 
 
-def test_grey_has_no_hue_and_lightness_grows():
-    grey = torch.linspace(0, 1, 256).view(1, 1, 1, -1).expand(-1, 3, -1, -1)
-    lightness, a, b = rgb_to_lab(grey)[0, :, 0]
+def test_gray_has_no_hue_and_lightness_grows():
+    gray = torch.linspace(0, 1, 256).view(1, 1, 1, -1).expand(-1, 3, -1, -1)
+    lightness, a, b = rgb_to_lab(gray)[0, :, 0]
     assert (lightness.diff() > 0).all()
     assert max(a.abs().max(), b.abs().max()) < 0.01
 
@@ -127,7 +127,7 @@ def test_similarity_is_the_exponential_of_the_color_distance():
                 assert float(similarity[0, k, y, x]) == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
 
-def test_a_plain_image_is_alike_everywhere_up_to_its_edge():
+def test_similarity_is_1_inside_an_image_of_one_color():
     similarity = color_similarity(
         [torch.full((3, 32, 32), 0.4)], torch.ones(1, 8, 8).bool(), MaskGrid(4, 8, 8)
     )
@@ -136,8 +136,8 @@ def test_a_plain_image_is_alike_everywhere_up_to_its_edge():
 
 
 @pytest.mark.parametrize("to_unit", [lambda byte: byte / 255, lambda byte: byte * (1 / 255)])
-def test_the_mean_of_a_cell_is_rounded_down_as_by_whole_numbers(to_unit):
-    """Where the mean of a cell's bytes is the whole number n, it becomes n, not n − 1 by a rounding error."""
+def test_the_mean_of_a_cell_is_rounded_down_without_rounding_errors(to_unit):
+    """A mean of bytes that is the whole number n stays n and does not become n − 1."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (3, 4, 4096), generator=generator)
     pixels[:, 0, 0::4] = 0
@@ -152,7 +152,7 @@ def test_the_mean_of_a_cell_is_rounded_down_as_by_whole_numbers(to_unit):
     assert_close(similarity[0, right, 0, :-2], expected, rtol=1e-4, atol=1e-12)
 
 
-def test_similarity_of_a_pair_is_the_same_from_both_ends():
+def test_similarity_of_a_pair_is_symmetric():
     image = seeded_images((48, 64))[0] * 0.2
     similarity = color_similarity([image], torch.ones(1, 12, 16).bool(), MaskGrid(4, 12, 16))[0]
     for k, offset in enumerate(neighbor_offsets()):
@@ -160,7 +160,7 @@ def test_similarity_of_a_pair_is_the_same_from_both_ends():
         assert_close(similarity[k][here], similarity[-1 - k][there])
 
 
-def test_offsets_are_in_row_major_order_and_opposites_mirror_each_other():
+def test_offsets_are_in_row_major_order_with_opposites_at_mirrored_positions():
     offsets = neighbor_offsets()
     assert offsets == sorted(offsets)
     assert len(set(offsets)) == 8
@@ -207,7 +207,7 @@ def test_annotated_masks_may_be_of_any_type(dtype):
     assert torch.equal(grid.masks[0], annotated[0, 2::4, 2::4])
 
 
-def test_only_masks_that_are_said_to_be_annotated_count():
+def test_only_masks_with_has_mask_count():
     annotated = torch.ones(2, 32, 32).bool()
     targets = [
         target((0, 0, 9, 9), (5, 5, 20, 20), masks=annotated, has_mask=torch.tensor([False, True])),
@@ -227,7 +227,7 @@ def test_a_mask_s_confidence_is_the_one_given_and_0_without_a_mask():
 
 
 @pytest.mark.parametrize("ignored", [0, 1, 5, 10, 31])
-def test_ignored_bottom_rows_teach_no_colors(ignored):
+def test_ignored_bottom_rows_have_no_color_similarity(ignored):
     image = torch.full((3, 32, 32), 0.5)
     grid = on_grid([image], [target((0, 0, 9, 9), ignored_bottom_rows=ignored)], 4, 32)
     rows = torch.arange(2, 32, 4)

@@ -1,4 +1,4 @@
-"""One training step under a teacher: its losses, their weights and warm-ups, and what changes none."""
+"""A training step of BoxTeacher: its losses, their weights and warm-ups, and invariances."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_the_teacher_is_frozen_and_runs_in_evaluation_mode():
     assert all(p.grad is not None for p in model.student.parameters())
 
 
-def test_the_student_alone_sees_the_augmentation():
+def test_only_the_student_sees_augmented_images():
     class Negative(nn.Module):
         def forward(self, images: list[Tensor]) -> list[Tensor]:
             return [1 - image for image in images]
@@ -59,7 +59,7 @@ def test_the_student_alone_sees_the_augmentation():
     assert torch.equal(negative.last_pseudo_masks.masks, plain.last_pseudo_masks.masks)
 
 
-def test_a_pseudo_mask_equal_to_an_annotated_one_teaches_the_same_up_to_confidence():
+def test_a_pseudo_mask_with_confidence_1_has_the_losses_of_an_equal_annotated_mask():
     box = (4, 4, 30, 30)
     image = seeded_images((48, 64))
     plan = script((0, box, 1.0), logits=plateau((2, 2, 6, 6)) * 20)  # confidence 1, to float32's precision
@@ -101,7 +101,7 @@ def test_losses_warm_up_by_optimizer_steps():
         assert numbers(losses) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_pseudo_warm_up_is_the_other_one_unless_given():
+def test_pseudo_warmup_steps_default_to_warmup_steps():
     assert teacher_of(warmup_steps=7).pseudo_warmup_steps == 7
     assert teacher_of(warmup_steps=7, pseudo_warmup_steps=0).pseudo_warmup_steps == 0
 
@@ -147,7 +147,7 @@ def test_a_batch_without_any_box_trains(supervision):
         assert model.teacher.model.teacher_calls == []  # it has nothing to find
 
 
-def test_a_batch_without_any_candidate_learns_from_boxes_alone():
+def test_without_candidates_only_the_box_losses_are_positive():
     model = teacher_of(script())
     losses = numbers(model(IMAGES, TARGETS))
     assert losses["loss_pixel"] == losses["loss_affinity"] == 0

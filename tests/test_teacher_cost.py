@@ -1,4 +1,4 @@
-"""What makes the teacher cheaper: a smaller type, and running it in some steps only."""
+"""A cheaper teacher: a smaller dtype, and an interval between its runs."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def proposing() -> ScriptedSegmenter:
 
 
 class Typed(ScriptedSegmenter):
-    """Notes in what type its convolution answers."""
+    """Records the dtype of its maps."""
 
     def forward_teacher(self, images: list[Tensor]) -> Candidates:
         self.dtype = self.maps(images).dtype
@@ -37,7 +37,7 @@ class Typed(ScriptedSegmenter):
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), (torch.bfloat16, torch.bfloat16)])
-def test_the_teacher_alone_computes_in_its_own_type(dtype, expected):
+def test_the_dtype_applies_to_the_teacher_alone(dtype, expected):
     model = teacher_of(Typed(script((0, BOX, 0.8))), dtype=dtype)
     losses = model(IMAGES, [target(BOX)])
     assert model.teacher.model.dtype == expected
@@ -46,7 +46,7 @@ def test_the_teacher_alone_computes_in_its_own_type(dtype, expected):
     assert all(torch.isfinite(p.grad).all() for p in model.student.parameters() if p.grad is not None)
 
 
-def test_a_bfloat16_teacher_says_nearly_the_same():
+def test_the_confidence_of_a_bfloat16_teacher_is_nearly_the_same():
     def confidence(dtype: torch.dtype | None) -> Tensor:
         model = teacher_of(ScriptedSegmenter(script((0, BOX, 0.8))), dtype=dtype)
         nn.init.constant_(model.teacher.model.logit.bias, 0.5)
@@ -59,7 +59,7 @@ def test_a_bfloat16_teacher_says_nearly_the_same():
     assert_close(confidence(torch.bfloat16), exact, rtol=0, atol=3 * 2**-8)
 
 
-def test_between_two_runs_of_the_teacher_boxes_teach():
+def test_between_two_runs_of_the_teacher_only_the_box_losses_are_positive():
     student = proposing()
     model = teacher_of(student, teacher_interval=3)
     optimizer = torch.optim.SGD(model.student.parameters(), lr=1e-3)
@@ -67,7 +67,7 @@ def test_between_two_runs_of_the_teacher_boxes_teach():
     for _ in range(7):
         calls = len(model.teacher.model.teacher_calls)
         losses = model(IMAGES, [target(BOX)])
-        losses = model(IMAGES, [target(BOX)])  # a second batch of the same step is treated alike
+        losses = model(IMAGES, [target(BOX)])  # a second batch in the same optimizer step
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
@@ -77,7 +77,7 @@ def test_between_two_runs_of_the_teacher_boxes_teach():
     assert runs == [2, 0, 0, 2, 0, 0, 2]
 
 
-def test_an_annotated_mask_teaches_in_every_step():
+def test_an_annotated_mask_is_used_in_every_step():
     model = teacher_of(proposing(), teacher_interval=1000)
     optimizer = torch.optim.SGD(model.student.parameters(), lr=1e-3)
     annotated = filled(BOX, 48, 64)[None]

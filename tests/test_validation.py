@@ -1,4 +1,4 @@
-"""What does not fit is said in one line, before anything is computed."""
+"""Invalid settings, batches and outputs: errors of one line."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def refusal(**changes: Any) -> str:
     return str(caught.value)
 
 
-def test_types_that_would_round_or_fail_later_are_named() -> None:
+def test_tensors_of_the_wrong_dtype_or_shape_are_named() -> None:
     assert "boxes are torch.bfloat16" in refusal(boxes=torch.zeros(1, 4, dtype=torch.bfloat16))
     assert "labels are torch.int32" in refusal(labels=torch.zeros(1, dtype=torch.int32))
     assert "has_mask" in refusal(has_mask=torch.ones(1, dtype=torch.bool))
@@ -35,13 +35,13 @@ def test_a_target_on_another_device_is_named() -> None:
     assert "boxes is on meta" in refusal(boxes=torch.zeros(1, 4, device="meta"))
 
 
-def test_bytes_are_no_image() -> None:
+def test_an_image_of_bytes_is_refused() -> None:
     with pytest.raises(InputError, match=r"image 0 is torch\.uint8"):
         check_batch([torch.zeros(3, 8, 8, dtype=torch.uint8)], [target((0, 0, 8, 8))])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("label", [-1, 3])
-def test_a_label_that_is_no_class_is_named(label: int) -> None:
+def test_a_label_out_of_range_is_named(label: int) -> None:
     with pytest.raises(InputError, match=f"target 1.*{label}.*0 to 2"):
         check_labels([target((0, 0, 1, 1)), {**target((0, 0, 1, 1)), "labels": torch.tensor([label])}], 3)
     check_labels([{**target((0, 0, 1, 1)), "labels": torch.tensor([2])}], 3)
@@ -67,13 +67,13 @@ def test_a_number_out_of_range_is_named_with_its_range(value: float) -> None:
         {"pseudo_warmup_steps": -1},
     ],
 )
-def test_a_misspelt_or_senseless_setting_is_refused_at_once(settings: dict[str, Any]) -> None:
+def test_an_invalid_setting_is_refused_at_construction(settings: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(settings))):
         box_teacher(ScriptedSegmenter(script()), **settings)
 
 
 class Wrong(ScriptedSegmenter):
-    """Answers logits on half the grid, or a loss of the core's name."""
+    """Returns logits on half the grid, or a loss with a name of the core's."""
 
     def __init__(self, fault: str) -> None:
         super().__init__(script())
@@ -88,7 +88,7 @@ class Wrong(ScriptedSegmenter):
 
 
 @pytest.mark.parametrize(("fault", "named"), [("grid", "gave mask logits"), ("name", "loss_projection")])
-def test_an_adapter_that_answers_wrongly_is_told_so(fault: str, named: str) -> None:
+def test_wrong_outputs_of_an_adapter_are_refused(fault: str, named: str) -> None:
     with pytest.raises(ProtocolError, match=named):
         BoxSupervised(Wrong(fault)).train()(seeded_images((32, 32)), [target((0, 0, 30, 30))])
 
@@ -100,12 +100,12 @@ def test_a_divisor_that_the_stride_does_not_divide_is_refused() -> None:
         BoxTeacher(segmenter)
 
 
-def test_a_plain_module_is_told_what_it_lacks_and_where_the_guide_is() -> None:
+def test_the_error_for_a_plain_module_names_all_missing_methods_and_the_guide() -> None:
     with pytest.raises(TypeError, match=r"forward_teacher\(\).*forward_student\(\).*write_an_adapter"):
         BoxTeacher(nn.Linear(1, 1))
 
 
-def test_a_batch_tensor_and_a_box_that_is_no_number_are_refused() -> None:
+def test_a_batch_in_one_tensor_and_a_box_with_nan_are_refused() -> None:
     with pytest.raises(InputError, match="give a list"):
         check_batch(torch.rand(2, 3, 8, 8), [target((0, 0, 8, 8))] * 2)  # type: ignore[arg-type, list-item]
     assert "NaN" in refusal(boxes=torch.full((1, 4), float("nan")))

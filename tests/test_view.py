@@ -1,4 +1,4 @@
-"""The teacher's images at another scale, boxes and masks mapped back; quality on the grid or at pixels."""
+"""The teacher's images at another scale, with boxes and masks mapped back; quality on grid or image."""
 
 import pytest
 import torch
@@ -24,12 +24,12 @@ def teacher_of(student: nn.Module, **settings: object) -> BoxTeacher:
     ("size", "expected"),
     [((48, 1000), (48, 64)), ((96, 1000), (96, 128)), ((96, 100), (75, 100)), ((31, 50), (31, 41))],
 )
-def test_the_shortest_side_is_met_unless_the_longest_would_grow_too_long(size, expected):
+def test_the_shortest_side_is_as_given_unless_the_longest_would_exceed_its_maximum(size, expected):
     (image,) = TeacherView(seeded_images((48, 64)), size).images
     assert tuple(image.shape) == (3, *expected)
 
 
-def test_masks_of_another_scale_are_those_that_interpolation_gives():
+def test_masks_of_another_scale_equal_interpolated_ones():
     """Each mask is enlarged to its teacher's image, cut to it, and resized to the student's image."""
     sizes = [(40, 60), (64, 48)]
     view = TeacherView(seeded_images(*sizes), (32, 45))
@@ -46,7 +46,7 @@ def test_masks_of_another_scale_are_those_that_interpolation_gives():
         assert ours[:, sizes[i][1] :].abs().max() == 0
 
 
-def test_boxes_of_another_scale_come_back():
+def test_boxes_of_another_scale_are_mapped_back():
     view = TeacherView(seeded_images((40, 60), (64, 48)), (80, 1000))
     boxes = torch.tensor([[10.0, 20.0, 30.0, 40.0]]).repeat(2, 1)
     back = view.boxes_of_images(boxes, torch.tensor([0, 1]))
@@ -58,7 +58,7 @@ def blob() -> Tensor:
     return filled((3, 3, 9, 9), 12, 16).float()[None] * 4 - torch.linspace(0.5, 3, 16)
 
 
-def test_quality_is_measured_where_it_was_asked_for():
+def test_quality_is_measured_on_the_grid_or_on_the_image():
     images = seeded_images((48, 64))
     pixels = {"grid": blob().sigmoid(), "image": upsample_aligned(blob().sigmoid()[None], 4)[0]}
     for place, masks in pixels.items():
@@ -69,7 +69,7 @@ def test_quality_is_measured_where_it_was_asked_for():
 
 
 def test_padding_does_not_count_in_the_quality_at_pixels():
-    """A second, larger image widens the padded batch; the first one's confidence stays."""
+    """A second, larger image enlarges the padded batch; the first image's confidence does not change."""
     plan = script((0, BOX, 0.8), level=1.5)
     confidences = []
     for images in (seeded_images((48, 64)), seeded_images((48, 64), (80, 96))):
@@ -80,8 +80,8 @@ def test_padding_does_not_count_in_the_quality_at_pixels():
 
 
 @pytest.mark.parametrize("place", ["grid", "image"])
-def test_a_teacher_at_twice_the_size_finds_the_same_mask(place):
-    """Candidates in the larger image's pixels win the same boxes, and their masks land on the same cells."""
+def test_a_teacher_at_twice_the_size_gives_the_same_mask(place):
+    """Candidates in the larger image's pixels are assigned to the same boxes, with the same mask cells."""
     large = filled((6, 6, 18, 18), 24, 32).float()[None] * 10 - 5
     plan = script((0, [2 * side for side in BOX], 0.8), logits=large)
     model = teacher_of(ScriptedSegmenter(plan), image_size=(96, 1000), quality_at=place)

@@ -1,4 +1,4 @@
-"""Weights of others are read without running anything that their files name."""
+"""Downloaded weight files are read without running anything that they name."""
 
 import io
 import os
@@ -39,9 +39,9 @@ def test_a_pickle_of_arrays_is_read_in_every_protocol(tmp_path, protocol, wrap):
         assert np.array_equal(read[name].numpy(), array)
 
 
-def test_python_2_s_pickle_of_arrays_is_read(tmp_path):
-    """Python 2 wrote bytes as text, and knew numpy by its former name."""
-    data = struct.pack("<2f", 1.5, -2.0)  # bytes that are no ASCII
+def test_a_pickle_of_arrays_by_python_2_is_read(tmp_path):
+    """Python 2 wrote bytes as text, and numpy's module under its former name."""
+    data = struct.pack("<2f", 1.5, -2.0)  # bytes that are not ASCII
     dtype = b"cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
     state = b"(K\x01K\x02\x85" + dtype + b"\x89U\x08" + data + b"tb"
@@ -60,7 +60,7 @@ def test_torch_s_files_are_read_in_both_formats_and_unwrapped(tmp_path):
 
 
 class Command:
-    """Runs a command where it is unpickled."""
+    """Runs a command when it is unpickled."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -152,19 +152,19 @@ def test_a_hostile_or_broken_file_runs_nothing_and_writes_nothing(kind, tmp_path
     assert list(folder.iterdir()) == [source]
 
 
-def test_the_witness_would_be_seen(tmp_path):
+def test_an_unsafe_reader_would_create_the_witness_file(tmp_path):
     pickle.loads(pickle.dumps(Command(tmp_path / "witness")))
     assert (tmp_path / "witness").exists()
 
 
-def test_the_refusal_names_what_the_file_asks_for(tmp_path):
+def test_the_error_names_the_forbidden_function(tmp_path):
     for name, content in (("a.pkl", pickle.dumps(Command(tmp_path))), ("a.pth", saved(Command(tmp_path)))):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=r"asks for (posix|nt)\.system"):
             read_weight_file(tmp_path / name)
 
 
-def test_a_file_that_would_grow_is_not_even_opened_by_torch(tmp_path, monkeypatch):
+def test_a_compressed_archive_is_refused_before_torch_opens_it(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     path.write_bytes(compressed(saved({"format": "boxteacher segmenter 1", "w": torch.zeros(10**6)})))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was reached"))
@@ -174,8 +174,8 @@ def test_a_file_that_would_grow_is_not_even_opened_by_torch(tmp_path, monkeypatc
             read(path)
 
 
-def test_arrays_that_share_their_bytes_cannot_outgrow_the_file(tmp_path):
-    """Forty arrays of one run of bytes: each is no larger than the file, all together are."""
+def test_arrays_that_share_bytes_may_not_be_larger_than_the_file(tmp_path):
+    """Of forty arrays with the same bytes, each is smaller than the file, but not all together."""
     array = np.zeros(10_000, np.float32)
     ((frombuffer, (buffer, *rest)),) = [array.__reduce_ex__(5)[:2]]
     data = bytes(buffer)

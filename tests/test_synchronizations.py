@@ -1,4 +1,4 @@
-"""A training step synchronizes with the device only where the number of something must be known."""
+"""A training step synchronizes with the device only where a number must be known."""
 
 import warnings
 
@@ -16,7 +16,7 @@ BOXES = ((4, 4, 40, 40), (20, 8, 60, 30), (0, 30, 30, 62))
 
 
 class OnDevice(nn.Module):
-    """A segmenter that never synchronizes: it gives the tensors that it was made with."""
+    """A segmenter that returns given tensors and never synchronizes."""
 
     mask_stride = 4
     size_divisor = 16
@@ -24,22 +24,22 @@ class OnDevice(nn.Module):
     def __init__(self, candidates: dict[str, Tensor], logits: Tensor, target_index: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-        self.answers = [(candidates, logits, target_index)]  # in a list, so that a copy shares them
+        self.outputs = (candidates, logits, target_index)
 
     def __deepcopy__(self, memo: object) -> "OnDevice":
-        return OnDevice(*self.answers[0])
+        return OnDevice(*self.outputs)
 
     def forward_teacher(self, images: list[Tensor]) -> Candidates:
-        candidates, logits, _ = self.answers[0]
+        candidates, logits, _ = self.outputs
         return Candidates(**candidates, decode_masks=lambda index, *_: logits.detach()[index])
 
     def forward_student(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> StudentOutput:
-        _, logits, target_index = self.answers[0]
+        _, logits, target_index = self.outputs
         return StudentOutput({}, [MaskPredictions(logits, target_index)])
 
 
 def step(to_device, **settings) -> tuple[BoxTeacher, list[Tensor], list[dict[str, Tensor]], Tensor]:
-    """A model, a batch of two images and five boxes, and the logits that the losses teach."""
+    """A model, a batch of two images and five boxes, and the student's mask logits."""
     generator = torch.Generator().manual_seed(0)
     candidates = {
         "boxes": torch.tensor([*BOXES, *BOXES[:2], (0, 0, 9, 9)], dtype=torch.float32),
@@ -60,14 +60,14 @@ def step(to_device, **settings) -> tuple[BoxTeacher, list[Tensor], list[dict[str
 
 
 @pytest.mark.parametrize("settings", [{}, {"quality_at": "image"}, {"image_size": (50, 64)}])
-def test_a_step_synchronizes_for_the_masks_to_decode_and_for_the_boxes_sizes_alone(settings):
+def test_a_step_synchronizes_for_the_number_of_decoded_masks_and_the_sizes_of_boxes_alone(settings):
     with SimulatedDevice() as device:
         model, images, targets, logits = step(DeviceTensor, **settings)
         torch.manual_seed(1)
         losses = model(images, targets)
         sum(losses.values()).backward()
-    assert device.waits == {("pseudo_masks.py", "nonzero"): 1, ("packing.py", "_to_copy"): 1}
-    # The simulation computes what the CPU does, so the step it watched was a whole one.
+    assert device.synchronizations == {("pseudo_masks.py", "nonzero"): 1, ("packing.py", "_to_copy"): 1}
+    # The losses and gradients are those of the CPU, so the simulation ran the whole step.
     model, images, targets, expected = step(torch.clone, **settings)
     torch.manual_seed(1)
     on_cpu = model(images, targets)
@@ -78,7 +78,7 @@ def test_a_step_synchronizes_for_the_masks_to_decode_and_for_the_boxes_sizes_alo
     torch.testing.assert_close(logits.grad.values, expected.grad)
 
 
-def test_assignment_waits_for_nothing():
+def test_assignment_does_not_synchronize():
     generator = torch.Generator().manual_seed(0)
     iou, score = torch.rand(30, 12, generator=generator), torch.rand(30, generator=generator)
     boxes = torch.rand(4, 4, generator=generator)
@@ -86,11 +86,11 @@ def test_assignment_waits_for_nothing():
     with SimulatedDevice() as device:
         chosen = assign_greedily(DeviceTensor(iou), DeviceTensor(score))
         match_quality(*map(DeviceTensor, (boxes, index, boxes, index)), 0.5)
-    assert not device.waits
+    assert not device.synchronizations
     assert torch.equal(chosen.values, assign_greedily(iou, score))
 
 
-WAITS = {
+SYNCHRONIZING = {
     "item": lambda x: x.sum().item(),
     "bool": lambda x: bool(x.any()),
     "cpu": lambda x: x.cpu(),
@@ -108,7 +108,7 @@ WAITS = {
     "allclose": lambda x: torch.allclose(x, x),
     "bincount": lambda x: torch.bincount(x.long()),
 }
-WAITLESS = {
+ASYNCHRONOUS = {
     "where": lambda x: torch.where(x > 0, x, 0.0),
     "arange": lambda x: torch.arange(3, device=x.device) + x,
     "index": lambda x: x[x.long()],
@@ -118,22 +118,22 @@ WAITLESS = {
 }
 
 
-@pytest.mark.parametrize("name", WAITS)
-def test_the_simulated_device_notes_each_kind_of_wait(name):
+@pytest.mark.parametrize("name", SYNCHRONIZING)
+def test_the_simulated_device_counts_each_kind_of_synchronization(name):
     with SimulatedDevice() as device:
-        WAITS[name](DeviceTensor(torch.tensor([0.0, 1.0, 2.0])))
-    assert device.waits.total() == 1
+        SYNCHRONIZING[name](DeviceTensor(torch.tensor([0.0, 1.0, 2.0])))
+    assert device.synchronizations.total() == 1
 
 
-@pytest.mark.parametrize("name", WAITLESS)
-def test_the_simulated_device_notes_nothing_else(name):
+@pytest.mark.parametrize("name", ASYNCHRONOUS)
+def test_the_simulated_device_counts_nothing_else(name):
     with SimulatedDevice() as device:
-        WAITLESS[name](DeviceTensor(torch.tensor([0.0, 1.0, 2.0])))
-    assert not device.waits
+        ASYNCHRONOUS[name](DeviceTensor(torch.tensor([0.0, 1.0, 2.0])))
+    assert not device.synchronizations
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_counts_the_same_waits():
+def test_cuda_reports_the_same_number_of_synchronizations():
     model, images, targets, _ = step(lambda tensor: tensor.detach().cuda())
     sum(model(images, targets).values()).backward()
     torch.cuda.set_sync_debug_mode("warn")
