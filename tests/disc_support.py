@@ -1,4 +1,4 @@
-"""The smallest thing that boxes and colors can teach: one disc, from its box alone."""
+"""A minimal training from boxes: a disc is learned from its box and colors alone."""
 
 import torch
 from torch import nn

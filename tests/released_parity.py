@@ -1,4 +1,4 @@
-"""How far the released networks' numbers here are from the original's, computed from the same weights."""
+"""Differences between the released networks' numbers here and the original's, for the same weights."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,9 +39,9 @@ class Released:
 
 
 def load_released(name: str, folder: Path, noise: float = 0.0) -> Released:
-    """Of r50, r101, r101_dcn or swin-base; `folder` holds `forward_NAME.npz`.
+    """The numbers and networks of r50, r101, r101_dcn or swin-base; `folder` holds `forward_NAME.npz`.
 
-    With noise, pixels are not those that the original saw but randomly off by that part of their value.
+    With `noise`, the pixels differ randomly by that part of their value.
     """
     with np.load(folder / f"forward_{name}.npz") as arrays:
         numbers = {key: torch.from_numpy(arrays[key]) for key in arrays.files if key != "adjust"}
@@ -70,14 +70,14 @@ def images(noise: float = 0.0) -> list[Tensor]:
 
 
 def difference(actual: Tensor, wanted: Tensor) -> float:
-    """The worst entry's, relative to that entry and a hundredth of the largest."""
+    """The largest difference of entries, each relative to the sum of the entry and 1 % of the largest."""
     scale = wanted.abs() + wanted.abs().max() / 100
     return float(((actual - wanted).abs() / scale.clamp(min=1e-12)).max())
 
 
 @torch.no_grad()
 def feature_differences(released: Released) -> dict[str, float]:
-    """Of the pyramid's means and deviations and the mask features of the student."""
+    """Differences of the student's mask features and of the means and standard deviations of its pyramid."""
     student, numbers = released.student, released.numbers
     pyramid = _pyramid(released)
     found = {"mask_features": student.mask_branch(list(pyramid.values())[:3])}
@@ -88,7 +88,7 @@ def feature_differences(released: Released) -> dict[str, float]:
 
 @torch.no_grad()
 def head_differences(released: Released) -> dict[str, float]:
-    """Of the student's head outputs on each level."""
+    """Differences of the student's head outputs on each level."""
     student, numbers = released.student, released.numbers
     levels = list(_pyramid(released).values())
     outputs = student.box_head(levels)
@@ -117,7 +117,7 @@ def _pyramid(released: Released) -> dict[str, Tensor]:
 
 @dataclass
 class DetectionDifferences:
-    """Of the 30 best of each image: other labels, relative scores, boxes in pixels, masks' minimum IoU."""
+    """Differences of 30 detections: other labels, relative scores, boxes in pixels, masks' minimum IoU."""
 
     labels: int
     scores: float
@@ -126,7 +126,7 @@ class DetectionDifferences:
 
 
 def detection_differences(released: Released) -> Iterator[DetectionDifferences]:
-    """Of each network and image."""
+    """Differences of the 30 highest-scoring detections of each network and image."""
     for network in ("student", "teacher"):
         with torch.no_grad():
             detections = getattr(released, network)(released.images)
@@ -149,7 +149,7 @@ def detection_differences(released: Released) -> Iterator[DetectionDifferences]:
 
 
 def step_differences(released: Released) -> tuple[dict[str, float], dict[str, float]]:
-    """Of one training step's losses and pseudo masks' confidences, and of its gradients' norms."""
+    """Differences of a training step's losses and confidences, and of its gradients' norms."""
     numbers = released.numbers
     teacher = EMATeacher(released.student, quality_at="image", image_size=(128, 160))
     model = BoxTeacher(released.student, teacher=teacher, warmup_steps=1, augmentation=nn.Identity())

@@ -44,7 +44,7 @@ def weightless(name: str) -> dict[str, torch.Tensor]:
 
 @ON_META
 @pytest.mark.parametrize("name", KINDS)
-def test_every_entry_of_a_released_checkpoint_has_its_place(name):
+def test_every_entry_of_a_released_checkpoint_is_loaded(name):
     state = weightless(name)
     released = recognize(state, PATH)
     assert released.description == KINDS[name]
@@ -59,8 +59,8 @@ def test_every_entry_of_a_released_checkpoint_has_its_place(name):
     assert all(is_computed(key) or key == "mask_head._iter" for key in released.left_out)
 
 
-def test_the_network_s_own_entries_are_all_filled():
-    """What a checkpoint lacks, the network makes for itself; a batch norm's counter is among it."""
+def test_a_released_checkpoint_lacks_only_computed_entries():
+    """The batch norms' counters, and the mean and std of the preprocessing."""
     released = recognize(weightless("r50"), PATH)
     wanted = build_segmenter("condinst", 80, backbone="resnet50_caffe", weights="none", image_size=1333)
     lacking = wanted.state_dict().keys() - released.weights.keys()
@@ -95,7 +95,7 @@ def test_a_student_alone_and_a_plain_condinst_are_recognized():
         ),
     ],
 )
-def test_what_does_not_fit_is_said(change, message):
+def test_entries_that_do_not_fit_are_named(change, message):
     state = weightless("r50")
     change(state)
     with torch.device("meta"):
@@ -124,7 +124,7 @@ def teacher_file(tmp_path_factory) -> Path:
     return path
 
 
-def test_a_converted_checkpoint_finds_what_the_original_does(teacher_file, tmp_path, capsys):
+def test_a_converted_checkpoint_has_the_original_s_scores(teacher_file, tmp_path, capsys):
     out = tmp_path / "out.pt"
     assert main(["convert", str(teacher_file), str(out)]) == 0
     line = capsys.readouterr().out.strip()
@@ -147,7 +147,7 @@ def test_a_converted_checkpoint_finds_what_the_original_does(teacher_file, tmp_p
     assert "already" in error_of(["convert", str(out), str(tmp_path / "again.pt")], capsys)
 
 
-def test_categories_of_coco_are_80_with_gaps_between_their_ids():
+def test_coco_has_80_categories_with_gaps_between_their_ids():
     categories = coco_categories()
     assert len(categories) == 80
     assert set(range(1, 91)) - set(categories) == {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
@@ -165,7 +165,7 @@ def test_another_number_of_classes_keeps_all_but_the_classifier(teacher_file, ca
     assert all(torch.equal(entries[name], value) for name, value in whole.items() if name not in anew)
     assert len(entries["box_head.class_logits.bias"]) == 3
     assert "has 80 classes, the data 3: its classifier (box_head.class_logits.weight, " in caplog.text
-    # As with ImageNet weights, what comes first and all batch norms of the backbone are not trained.
+    # As with ImageNet weights, the first layers and all batch norms of the backbone are frozen.
     frozen = {name for name, p in segmenter.named_parameters() if not p.requires_grad}
     assert "backbone.network.conv1.weight" in frozen
     assert "backbone.network.layer4.2.bn3.weight" in frozen
@@ -187,8 +187,8 @@ def test_weights_of_another_model_or_size_are_refused(teacher_file, shapes, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_begins_from_another_s_checkpoint(run, shapes, tmp_path, capsys):
-    """From its own classes with all it knows, so that its first losses are those that it would go on with."""
+def test_a_run_can_start_from_a_checkpoint(run, shapes, tmp_path, capsys):
+    """With the same classes everything is loaded, so its first loss is lower."""
     again = tmp_path / "again"
     assert main(train_arguments(shapes, again, "--weights", str(run / "last.pt"))) == 0
     fresh, learned = (log_of(folder)[0]["loss_classification"] for folder in (run, again))
@@ -217,7 +217,7 @@ def test_an_imagenet_backbone_is_converted(tmp_path, capsys):
     line = capsys.readouterr().out
     assert "ImageNet weights of resnet50_caffe" in line
     assert "2 that the network does not need (linear.weight, linear.bias)" in line
-    # Torchvision's ResNet sees images otherwise, so it must not take these weights for its own.
+    # torchvision's ResNet has another preprocessing, so it must refuse these weights.
     with pytest.raises(InputError, match="are not those of resnet50"):
         build_backbone("resnet50", out)
     direct, converted = (build_backbone("resnet50_caffe", path).state_dict() for path in (source, out))
@@ -225,12 +225,12 @@ def test_an_imagenet_backbone_is_converted(tmp_path, capsys):
     assert np.array_equal(direct["network.layer1.0.conv1.weight"].numpy(), arrays["res2.0.conv1.weight"])
 
 
-def test_a_folder_that_does_not_exist_is_named_before_the_work(teacher_file, tmp_path, capsys):
+def test_a_missing_output_folder_is_named_before_the_conversion(teacher_file, tmp_path, capsys):
     out = tmp_path / "nowhere" / "out.pt"
     assert f"there is no folder {out.parent}" in error_of(["convert", str(teacher_file), str(out)], capsys)
 
 
-def test_what_is_not_known_is_refused(tmp_path, capsys):
+def test_unknown_and_missing_files_are_refused(tmp_path, capsys):
     path = tmp_path / "resnet18.pth"
     torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.bias": torch.zeros(1000)}, path)
     assert "none of the released weights" in error_of(["convert", str(path), str(tmp_path / "o.pt")], capsys)

@@ -46,7 +46,7 @@ def test_the_core_imports_torch_and_itself_only(path):
 
 
 @pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: path.name)
-def test_adapters_import_no_names_of_the_core_but_those_that_are_declared_for_them(path):
+def test_adapters_import_from_the_library_only_names_of_boxteacher_adapter(path):
     import boxteacher.adapter
 
     declared = {f"boxteacher.adapter.{name}" for name in boxteacher.adapter.__all__}

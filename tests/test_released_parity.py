@@ -1,4 +1,4 @@
-"""What the original computes from stand-in weights, which every machine makes alike, is computed here too.
+"""Values of the original code for stand-in weights, which are the same on all machines, are reproduced.
 
 ResNet-50 is compared always; the others where BOXTEACHER_REFERENCE names the folder of `forward_NAME.npz`.
 """
@@ -21,8 +21,8 @@ from tests.support import DATA
 OTHERS = os.environ.get("BOXTEACHER_REFERENCE")
 elsewhere = pytest.mark.skipif(not OTHERS, reason="BOXTEACHER_REFERENCE names no folder of reference numbers")
 
-# Where a ReLU's input is as good as 0, rounding decides whether it is trained: noise of 6e-7 in the weights
-# moves the norms of R-101 by 1.7e-3.
+# Where a ReLU's input is nearly 0, rounding decides whether its gradient is 0: noise of 6e-7 in the weights
+# changes the norms of R-101 by 1.7e-3.
 GRADIENT_LIMITS = {"r50": 1e-3, "r101": 3e-3, "swin-base": 1e-3}
 
 
@@ -38,12 +38,12 @@ def released(name) -> Released:
     return load_released(name, DATA if name == "r50" else Path(OTHERS))
 
 
-def test_features_and_head_outputs(released):
+def test_features_and_head_outputs_are_the_original_s(released):
     for what, difference in {**feature_differences(released), **head_differences(released)}.items():
         assert difference <= 1e-3, what
 
 
-def test_detections(released):
+def test_detections_are_the_original_s(released):
     for found in detection_differences(released):
         assert found.labels == 0
         assert found.scores <= 1e-3
@@ -51,7 +51,7 @@ def test_detections(released):
         assert found.mask_iou >= 0.99
 
 
-def test_a_training_step(name, released):
+def test_losses_confidences_and_gradients_of_a_step_are_the_original_s(name, released):
     losses, gradients = step_differences(released)
     for what, difference in losses.items():
         assert difference <= 1e-3, what
@@ -60,8 +60,8 @@ def test_a_training_step(name, released):
 
 
 @elsewhere
-def test_the_deformable_network_as_far_as_float32_goes():
-    """With stand-in weights, thirty layers that look where the last one tells them multiply a rounding error.
+def test_the_deformable_network_agrees_within_float32_s_precision():
+    """With stand-in weights, thirty layers that sample at predicted offsets multiply a rounding error.
 
     Float64 differs from float32 by 7e-4 of the largest mask feature, and the original by 5e-4. That reorders
     detections and pseudo masks, so that only what does not depend on their order is compared to a thousandth.

@@ -60,7 +60,7 @@ def step(to_device, **settings) -> tuple[BoxTeacher, list[Tensor], list[dict[str
 
 
 @pytest.mark.parametrize("settings", [{}, {"quality_at": "image"}, {"image_size": (50, 64)}])
-def test_a_step_synchronizes_for_the_number_of_decoded_masks_and_the_sizes_of_boxes_alone(settings):
+def test_a_step_synchronizes_only_for_the_number_of_masks_and_the_sizes_of_boxes(settings):
     with SimulatedDevice() as device:
         model, images, targets, logits = step(DeviceTensor, **settings)
         torch.manual_seed(1)

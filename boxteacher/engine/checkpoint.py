@@ -124,7 +124,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file; give a checkpoint that `boxteacher train` wrote")
     try:
         content = read_torch_file(path)
-    except Exception as error:  # torch.load raises whatever the broken byte leads to
+    except Exception as error:  # torch.load raises errors of many types for a broken file
         raise InputError(
             f"{path}: cannot be read as a checkpoint ({type(error).__name__}); it is truncated or not one: "
             "copy it again or train again"

@@ -58,7 +58,8 @@ class TrainingLog:
         total = sum(value for name, value in numbers.items() if name.startswith("loss_"))
         numbers = {"loss": total, **numbers}
         seconds = time.perf_counter() - self._start
-        line = {"step": step, **_rounded(numbers), "seconds": round(seconds, 2)}
+        rounded = {name: float(f"{value:.6g}") for name, value in numbers.items()}
+        line = {"step": step, **rounded, "seconds": round(seconds, 2)}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -78,10 +79,6 @@ class TrainingLog:
             left = seconds / step * (self._steps - step)
             numbers = " ".join(f"{name}={value}" for name, value in short.items())
             logger.info("step %d/%d, %.0f s left: %s", step, self._steps, left, numbers)
-
-
-def _rounded(numbers: dict[str, float]) -> dict[str, float]:
-    return {name: float(f"{value:.6g}") for name, value in numbers.items()}
 
 
 def _progress_bar(steps: int) -> Any:
