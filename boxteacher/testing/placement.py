@@ -20,7 +20,8 @@ _MIN_RIGHT = 0.7  # share of the labels; two classes that are swapped leave at m
 _MAX_OFFSET = 0.5  # median offset of masks in cells of the mask grid; of boxes twice that
 _UNSEEN = 1_000_000  # seeds from here on are not trained on
 _MASK_REMEDIES = {
-    "candidates": "decode logits of the candidate asked for, from its own image, on the student's grid",
+    "candidates": "decode logits of the candidate asked for, from its own image, on the student's grid, and "
+    "check that the student's target_index names the target of each mask",
     "detections": "enlarge each box's own mask by mask_stride (boxteacher.adapter.upsample_aligned), and cut "
     "the image out of the padded batch at the top left, without resizing",
 }
@@ -38,21 +39,20 @@ class Found:
     mask_offset: Tensor  # (T, 2) y, x in pixels from the known mask's center; NaN for an empty mask
 
 
-def check_places(subject: Subject) -> None:
-    """Checks where boxes that were not trained on are found."""
+def check_places(subject: Subject, margin: float = 1.0) -> None:
+    """Checks where boxes that were not trained on are found, with limits that are stricter by a margin."""
     scenes = [
         known_boxes(subject, seed=_UNSEEN + i, sizes=sizes, counts=(2, 2))
         for i, sizes in enumerate((SQUARE, OBLONG, SQUARE, OBLONG))
     ]
     with finding(subject.model, "where known boxes are found"), torch.no_grad():
-        student_offset = _check_student_masks(subject, scenes)
+        student_offset = _check_student_masks(subject, scenes, margin)
         for what in ("candidates", "detections"):
-            _check_found(subject, scenes, what, student_offset)
+            _check_found(subject, scenes, what, student_offset, margin)
 
 
-def _check_student_masks(subject: Subject, scenes: Sequence[Batch]) -> Tensor:
+def _check_student_masks(subject: Subject, scenes: Sequence[Batch], margin: float) -> Tensor:
     """Checks the masks of the last decoder layer; returns their median offset y, x (2,) in pixels."""
-    torch.manual_seed(7)
     provider = subject.copy(training=True).provider
     overlaps, offsets, logits = [], [], []
     for images, targets in scenes:
@@ -67,7 +67,7 @@ def _check_student_masks(subject: Subject, scenes: Sequence[Batch]) -> Tensor:
     hint = "all mask logits lie in [0, 1]: return logits, not probabilities; "
     overlap, offset = torch.cat(overlaps).mean(), torch.cat(offsets).nanmedian(0).values
     require(
-        bool(overlap >= MIN_OVERLAP),
+        bool(overlap >= MIN_OVERLAP * margin),
         "after training with annotated masks, the student's masks overlap the known ones by an IoU of only "
         f"{overlap:.2f} and are off by {_pixels(offset)}: {hint if 0 <= low <= high <= 1 else ''}check that "
         "targets' boxes are read as x0, y0, x1, y1, that target_index names the target of each mask, and "
@@ -76,17 +76,19 @@ def _check_student_masks(subject: Subject, scenes: Sequence[Batch]) -> Tensor:
     return offset
 
 
-def _check_found(subject: Subject, scenes: Sequence[Batch], what: str, student_offset: Tensor) -> None:
+def _check_found(
+    subject: Subject, scenes: Sequence[Batch], what: str, student_offset: Tensor, margin: float
+) -> None:
     found = find(subject, scenes, what)
     require(
         not bool(found.boxes.isnan().all()),
         f"there are no {what} at all in images of known boxes, though the student's masks are right: keep "
         "thresholds on scores low, and take boxes and scores from what was trained",
     )
-    limit = _MAX_OFFSET * subject.provider.mask_stride  # pixels
+    limit = _MAX_OFFSET / margin * subject.provider.mask_stride  # pixels
     apart = (found.boxes - found.known).unflatten(1, (2, 2)).mean(1)  # (T, 2) x, y
     overlap, box_offset = found.box_overlap.mean(), apart.median(0).values.flip(0)  # y, x
-    if bool(overlap < MIN_OVERLAP) or bool((box_offset.abs() > 2 * limit).any()):
+    if bool(overlap < MIN_OVERLAP * margin) or bool((box_offset.abs() > 2 * limit).any()):
         swapped = find(subject, scenes, what, order=(1, 0, 3, 2)).box_overlap.mean() > 1.2 * overlap
         raise ProtocolError(
             f"the {what}' boxes overlap the known ones by an IoU of {overlap:.2f} and are off by "
@@ -96,14 +98,15 @@ def _check_found(subject: Subject, scenes: Sequence[Batch], what: str, student_o
         )
     right = float(found.right.float().mean())
     require(
-        right >= _MIN_RIGHT,
+        right >= _MIN_RIGHT * margin,
         f"only {right:.0%} of the {what}' labels are right, though their boxes are: return the classes as "
         "targets have them, 0 to C−1 without background",
     )
     overlap, offset = found.mask_overlap.mean(), found.mask_offset.nanmedian(0).values - student_offset
+    beyond = offset - offset.clamp(box_offset.clamp(max=0), box_offset.clamp(min=0))
     require(
-        # A mask that is cut to the entry's own box is off as that is.
-        bool(overlap >= MIN_OVERLAP) and bool((offset.abs() <= limit + box_offset.abs()).all()),
+        # A mask that is cut to the entry's own box may be off as far as that is.
+        bool(overlap >= MIN_OVERLAP * margin) and bool((beyond.abs() <= limit).all()),
         f"the {what}' boxes are right, but their masks overlap the known ones by an IoU of {overlap:.2f} and "
         f"are off by {_pixels(offset)} from the student's: {_MASK_REMEDIES[what]}",
     )
