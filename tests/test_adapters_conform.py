@@ -12,6 +12,14 @@ from boxteacher_adapters.mask_rcnn import build_mask_rcnn
 from boxteacher_adapters.solov2 import build_solov2
 
 
-@pytest.mark.parametrize("build", [build_condinst, build_solov2, build_mask2former, build_mask_rcnn])
+@pytest.mark.parametrize(
+    "build",
+    [
+        build_mask2former,
+        pytest.param(build_condinst, marks=pytest.mark.slow),
+        pytest.param(build_solov2, marks=pytest.mark.slow),
+        pytest.param(build_mask_rcnn, marks=pytest.mark.slow),
+    ],
+)
 def test_the_adapter_conforms(build: Callable[..., nn.Module]) -> None:
     check_provider(build(3, backbone="resnet18", weights="none", image_size=128))

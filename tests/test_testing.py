@@ -50,6 +50,10 @@ STUDENT = {
         r"loss_class has shape \(3,\): return \(\)",
     ),
     "a loss of NaN": ({"output": losses(lambda v: v * torch.nan)}, "the loss loss_class holds NaN"),
+    "a root of 0": (
+        {"output": losses(lambda v: v + (v * 0).sqrt())},
+        "the gradient of .* is NaN or infinite",
+    ),
     "a detached loss": (
         {"output": losses(Tensor.detach)},
         "the loss loss_class has no gradient: do not detach",
@@ -64,7 +68,7 @@ STUDENT = {
     ),
     "the last image first": (
         {"output": last_image_first},
-        "index says image 0 depend most on the pixels of image 1: target_index counts",
+        "index says image 0 depend mainly on the pixels of image 1: target_index counts",
     ),
     "normalization in place": (
         {"images": lambda i: [x.mul_(0.5) for x in i]},

@@ -161,7 +161,7 @@ def in_half(change):
 HALVES = {
     "boxes in bfloat16": (
         {"candidates": in_half(lambda found: replace(found, boxes=found.boxes.bfloat16()))},
-        "sides of boxes beyond 1024 pixels are off by .* pixels.*full_precision",
+        "boxes beyond 1024 pixels are off by .* pixels.*full_precision",
     ),
     "nothing": (
         {"candidates": in_half(lambda found: chosen(found, torch.arange(0)))},

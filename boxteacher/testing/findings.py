@@ -68,17 +68,11 @@ class Subject:
         return value
 
 
-class FindingError(ProtocolError):
-    """A ProtocolError that names its model and check already."""
-
-
 @contextmanager
 def finding(model: nn.Module, check: str) -> Iterator[None]:
-    """Turns whatever goes wrong inside into one line that names the model and the (innermost) check."""
+    """Turns whatever goes wrong inside into one line that names the model and the check."""
     try:
         yield
-    except FindingError:
-        raise
     except Exception as error:  # an adapter raises whatever its defect leads to
         first_line = (str(error).splitlines() or [""])[0]
         found = f"it raised {type(error).__name__} ({first_line}): make this case work"
@@ -89,7 +83,7 @@ def finding(model: nn.Module, check: str) -> Iterator[None]:
                 f"it refuses sound images and targets ({first_line}): accept them, or give check_provider "
                 "the model's own num_classes"
             )
-        raise FindingError(f"{type(model).__name__} fails check_provider on {check}: {found}") from error
+        raise ProtocolError(f"{type(model).__name__} fails check_provider on {check}: {found}") from error
 
 
 def require(condition: bool, message: str) -> None:

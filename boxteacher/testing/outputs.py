@@ -175,7 +175,7 @@ def _check_images_of_masks(subject: Subject, images: list[Tensor], targets: list
             strongest = norms.index(max(norms))
             require(
                 norms[i] == norms[strongest],
-                f"masks whose target_index says image {i} depend most on the pixels of image {strongest}: "
+                f"masks whose target_index says image {i} depend mainly on the pixels of image {strongest}: "
                 "target_index counts the targets of image 0 first, then those of image 1, …; bring it into "
                 "that order",
             )
@@ -201,8 +201,8 @@ def _check_entries(subject: Subject, found: Mapping[str, Any], images: Sequence[
     wrong = boxes[beyond.any(1) | (boxes[:, :2] > boxes[:, 2:]).any(1)]
     require(
         not len(wrong),
-        f"box {wrong[:1].tolist()} is not inside its image: boxes are x0, y0, x1, y1 in pixels of the image "
-        "as it was given; map them back and clip them",
+        f"box {wrong[:1].int().tolist()} is not inside its image: boxes are x0, y0, x1, y1 in pixels of the "
+        "image as it was given; map them back and clip them",
     )
 
 
