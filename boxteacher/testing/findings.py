@@ -1,7 +1,8 @@
 """How a check speaks: the model under test, and errors that name the check, the finding and the remedy."""
 
 import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -14,13 +15,7 @@ from boxteacher.protocol import PseudoMaskProvider
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under test.
-
-    Attributes:
-        model: follows `PseudoMaskProvider`.
-        num_classes: C.
-        tolerance: relative difference allowed between two runs that ought to agree.
-    """
+    """A model under test, of C classes, and the relative difference allowed between two equal runs."""
 
     model: nn.Module
     num_classes: int
@@ -34,49 +29,61 @@ class Subject:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def twin(self, *, training: bool) -> "Subject":
+    def copy(self, *, training: bool) -> "Subject":
         """The same with a copy of the model, in training or evaluation mode."""
         return replace(self, model=copy.deepcopy(self.model).train(training))
 
-    def differ(self, ours: Tensor, theirs: Tensor) -> bool:
-        """Whether two tensors are further apart than the tolerance allows."""
-        if ours.shape != theirs.shape:
-            return True
-        if not ours.numel():
-            return False
-        greatest = theirs.abs().max().float()
-        apart = (ours.float() - theirs.float()).abs().max()
-        return not bool(apart <= self.tolerance * (greatest + 1e-3))  # NaN differs
+    def require_same(self, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], message: str) -> None:
+        """Raises ProtocolError with the name of the first entry that differs by more than the tolerance."""
+        for name, expected in theirs.items():
+            same = ours[name].shape == expected.shape
+            if same and expected.numel():
+                apart = (ours[name].float() - expected.float()).abs().max()
+                same = bool(apart <= self.tolerance * (expected.float().abs().max() + 1e-3))  # NaN differs
+            require(same, f"{name} {message}")
 
-
-class FindingError(ProtocolError):
-    """A ProtocolError that names its model and check already."""
+    def require_tensor(
+        self,
+        name: str,
+        value: object,
+        shape: tuple[int, ...],
+        kind: str,
+        within: tuple[float, float] = (-math.inf, math.inf),
+        remedy: str = "",
+    ) -> Tensor:
+        """The value, if it is a finite tensor of that shape, kind ("float" or "int64") and range."""
+        if not isinstance(value, Tensor):
+            raise ProtocolError(f"{name} is a {type(value).__name__}: return a tensor {shape}")
+        require(value.shape == shape, f"{name} has shape {tuple(value.shape)}: return {shape}")
+        fits = value.is_floating_point() if kind == "float" else value.dtype == torch.int64
+        require(fits, f"{name} is {value.dtype}: return {kind}")
+        moved = value.device == self.device
+        require(moved, f"{name} is on {value.device}, the images on {self.device}: make it there")
+        require(bool(value.isfinite().all()), f"{name} holds NaN or infinity: find what is divided by 0")
+        low, high = (float(each) for each in value.detach().aminmax()) if value.numel() else within
+        require(
+            within[0] <= low and high <= within[1],
+            f"{name} reaches from {low:g} to {high:g}, allowed is {within[0]:g} to {within[1]:g}: {remedy}",
+        )
+        return value
 
 
 @contextmanager
 def finding(model: nn.Module, check: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes one line that names the model and the (innermost) check."""
+    """Turns whatever goes wrong inside into one line that names the model and the check."""
     try:
         yield
-    except FindingError:
-        raise
-    except ProtocolError as error:
-        raise FindingError(f"{type(model).__name__} fails check_provider on {check}: {error}") from error
-    except InputError as error:
-        raise FindingError(
-            f"{type(model).__name__} fails check_provider on {check}: it refuses sound images and targets "
-            f"({first_line(error)}): accept them, or give check_provider the model's own num_classes"
-        ) from error
     except Exception as error:  # an adapter raises whatever its defect leads to
-        raise FindingError(
-            f"{type(model).__name__} fails check_provider on {check}: it raised {type(error).__name__} "
-            f"({first_line(error)}): make this case work"
-        ) from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of its message; empty if it has none."""
-    return (str(error).splitlines() or [""])[0]
+        first_line = (str(error).splitlines() or [""])[0]
+        found = f"it raised {type(error).__name__} ({first_line}): make this case work"
+        if isinstance(error, ProtocolError):
+            found = str(error)
+        elif isinstance(error, InputError):
+            found = (
+                f"it refuses sound images and targets ({first_line}): accept them, or give check_provider "
+                "the model's own num_classes"
+            )
+        raise ProtocolError(f"{type(model).__name__} fails check_provider on {check}: {found}") from error
 
 
 def require(condition: bool, message: str) -> None:
@@ -85,27 +92,17 @@ def require(condition: bool, message: str) -> None:
         raise ProtocolError(message)
 
 
-def require_tensor(
-    name: str, value: object, shape: tuple[int, ...], kind: str, device: torch.device
-) -> Tensor:
-    """The value, if it is a finite tensor of that shape and kind ("float" or "int64") on that device."""
-    if not isinstance(value, Tensor):
-        raise ProtocolError(f"{name} is a {type(value).__name__}: return a tensor {shape}")
-    require(tuple(value.shape) == shape, f"{name} has shape {tuple(value.shape)}: return {shape}")
-    fits = value.is_floating_point() if kind == "float" else value.dtype == torch.int64
-    require(fits, f"{name} is {value.dtype}: return {kind}")
-    require(value.device == device, f"{name} is on {value.device}, the images on {device}: make it there")
-    require(
-        bool(value.isfinite().all()), f"{name} holds NaN or infinity: find what divides by zero or overflows"
-    )
-    return value
-
-
-def require_within(name: str, value: Tensor, least: float, most: float, remedy: str) -> None:
-    """Raises ProtocolError unless every entry lies in [least, most]."""
-    if value.numel():
-        low, high = float(value.min()), float(value.max())
+def require_finite_step(model: nn.Module, losses: Mapping[str, Tensor]) -> None:
+    """Runs backward; raises ProtocolError unless losses and gradients are finite."""
+    for name, loss in losses.items():
         require(
-            least <= low and high <= most,
-            f"{name} reaches from {low:g} to {high:g}, allowed is {least:g} to {most:g}: {remedy}",
+            bool(loss.isfinite()),
+            f"{name} is {loss.item():g}: divide by max(count, 1), bound logarithms, use logits.float()",
         )
+    torch.stack([loss.float() for loss in losses.values()]).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    broken = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
+    require(
+        not broken,
+        f"the gradient of {', '.join(broken[:3])} is NaN or infinite: bound what is divided by or rooted",
+    )

@@ -1,184 +1,192 @@
-"""A known box must land where it should: in the student's masks, the teacher's candidates, the detections."""
+"""A known box must be found where it is: in the student's masks, the teacher's candidates, the detections."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from boxteacher.errors import ProtocolError
-from boxteacher.testing.explanation import explain_boxes, explain_masks
+from boxteacher.grid import MaskGrid, mask_grid
+from boxteacher.protocol import Candidates
+from boxteacher.targets import GridTargets, grid_targets
 from boxteacher.testing.findings import Subject, finding, require
-from boxteacher.testing.measure import (
-    Batch,
-    Found,
-    Masks,
-    found_candidates,
-    found_detections,
-    median_offset,
-    student_masks,
-)
-from boxteacher.testing.scenes import OBLONG, SQUARE, known_boxes
+from boxteacher.testing.outputs import decode
+from boxteacher.testing.scenes import OBLONG, SQUARE, Batch, known_boxes
 
-UNSEEN = 1_000_000  # seeds from here on are not trained on
-_NUM_SCENES = 4
-_CHECK = "where a known box lands"
-_FIND = {"candidates": found_candidates, "detections": found_detections}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How well known boxes must be found.
-
-    Attributes:
-        overlap: least mean IoU, of boxes and of masks; a grid that is scaled or turned stays below 0.5.
-        right: least part of the labels that are right; two classes that are swapped leave at most half.
-        offset: greatest median offset in cells of the mask grid: of boxes from the known ones twice that, of
-            masks that much from the student's, which have the same weights.
-    """
-
-    overlap: float
-    right: float
-    offset: float
-
-
-CHECKED = Limits(overlap=0.6, right=0.7, offset=0.5)
-LEARNT = Limits(overlap=0.65, right=0.8, offset=0.4)
-"""Stricter, so that training that reached it passes the check."""
-
-
-def lands(subject: Subject) -> bool:
-    """Whether boxes never seen before are found well enough to stop training."""
-    with finding(subject.model, _CHECK):
-        return _first_fault(subject, LEARNT) is None
-
-
-def check_landing(subject: Subject) -> None:
-    """Checks the student's masks, and boxes, labels and masks of candidates and detections."""
-    with finding(subject.model, _CHECK):
-        fault = _first_fault(subject, CHECKED)
-        if fault is not None:
-            raise ProtocolError(fault())
-
-
-def check_padding(subject: Subject) -> None:
-    """Checks that a larger companion image, and so a larger canvas, moves no boxes or masks of an image."""
-    sizes = ((51, 61), (93, 91))
-    pairs = [
-        known_boxes(subject.num_classes, subject.device, seed=UNSEEN + i, sizes=sizes, counts=(1, 1))
-        for i in range(_NUM_SCENES)
-    ]
-    with finding(subject.model, "an image beside a larger one"):
-        alone = found_candidates(subject, [(images[:1], targets[:1]) for images, targets in pairs])
-        beside = found_candidates(subject, pairs)
-        first = torch.minimum(alone.box_overlap, alone.mask_overlap).median()
-        # The larger images' boxes take turns with those of the image itself.
-        second = torch.minimum(beside.box_overlap, beside.mask_overlap)[::2].median()
-        require(
-            float(min(first, second)) >= CHECKED.overlap * float(max(first, second)),
-            f"boxes of images of {sizes[0]} are found with an IoU of {float(first):.2f} alone, but of "
-            f"{float(second):.2f} beside images of {sizes[1]}; {_rounded(alone.known[0])} becomes "
-            f"{_rounded(beside.boxes[0])}: pad images at the right and bottom only, and measure coordinates "
-            "in pixels, not in parts of the canvas",
-        )
-
-
-def _first_fault(subject: Subject, limits: Limits) -> Callable[[], str] | None:
-    """What says the first thing that is wrong, as explaining it takes longer than seeing it."""
-    shapes = (SQUARE, OBLONG)
-    scenes = [
-        known_boxes(subject.num_classes, subject.device, seed=UNSEEN + i, sizes=shapes[i % 2], counts=(2, 2))
-        for i in range(_NUM_SCENES)
-    ]
-    student = student_masks(subject, scenes)
-    overlap = float(student.overlap.mean())
-    if overlap < limits.overlap:
-        return lambda: (
-            "after training with drawn masks, the student's masks overlap their boxes by an IoU of only "
-            f"{overlap:.2f}; {explain_masks(subject, scenes)}"
-        )
-    for what in _FIND:
-        fault = _fault_of(subject, scenes, what, student, limits)
-        if fault is not None:
-            return fault
-    return None
-
-
-def _fault_of(
-    subject: Subject, scenes: Sequence[Batch], what: str, student: Masks, limits: Limits
-) -> Callable[[], str] | None:
-    find = _FIND[what]
-    found = find(subject, scenes)
-    if bool(found.boxes.isnan().all()):
-        return lambda: (
-            f"there are no {what} at all in images of known boxes, though the student draws their masks: "
-            "keep thresholds on scores low, and take boxes and scores from what was trained"
-        )
-    overlap = float(found.box_overlap.mean())
-    if overlap < limits.overlap:
-        return lambda: (
-            f"the {what}' boxes overlap the known ones by an IoU of only {overlap:.2f}; "
-            f"{explain_boxes(subject, scenes, find)}"
-        )
-    limit = limits.offset * subject.provider.mask_stride  # pixels
-    return _fault_of_boxes(what, found, limits, 2 * limit) or _fault_of_masks(
-        what, found, student, limits, limit
-    )
-
-
-def _fault_of_boxes(what: str, found: Found, limits: Limits, limit: float) -> Callable[[], str] | None:
-    offset = median_offset(found.box_offset)
-    if max(map(abs, offset)) > limit:
-        return lambda: (
-            f"the {what}' boxes are off by {_pixels(offset)} from the known ones: boxes are in pixels of the "
-            "image as it was given, and the middle of a cell is not its corner"
-        )
-    right = float(found.right.float().mean())
-    if right < limits.right:
-        return lambda: (
-            f"only {right:.0%} of the {what}' labels are right, though their boxes are: return the classes "
-            "as targets have them, 0 to C−1 without background"
-        )
-    return None
-
-
-def _fault_of_masks(
-    what: str, found: Found, student: Masks, limits: Limits, limit: float
-) -> Callable[[], str] | None:
-    source, remedy = _MASKS[what]
-    overlap = float(found.mask_overlap.mean())
-    if overlap < limits.overlap:
-        return lambda: (
-            f"the {what}' boxes are right, but {source} overlap them by an IoU of only {overlap:.2f}: "
-            f"{remedy}"
-        )
-    theirs, ours = median_offset(found.mask_offset), median_offset(student.offset)
-    offset = (theirs[0] - ours[0], theirs[1] - ours[1])
-    if max(map(abs, offset)) > limit:
-        return lambda: (
-            f"{source} are off by {_pixels(offset)} from the student's, which have the same weights: {remedy}"
-        )
-    return None
-
-
-_MASKS = {
-    "candidates": (
-        "masks from decode_masks",
-        "return logits of the candidate asked for, drawn from its own image, on the grid that the student's "
-        "masks lie on",
-    ),
-    "detections": (
-        "masks of model(images)",
-        "enlarge each box's own mask from the grid by mask_stride (boxteacher.grid.upsample_aligned), "
-        "and cut the image out of the canvas at the top left, without resizing",
-    ),
+MIN_OVERLAP = 0.6  # mean IoU, of boxes and of masks; a grid that is scaled or turned stays below 0.5
+_MIN_RIGHT = 0.7  # share of the labels; two classes that are swapped leave at most half
+_MAX_OFFSET = 0.5  # median offset of masks in cells of the mask grid; of boxes twice that
+_UNSEEN = 1_000_000  # seeds from here on are not trained on
+_MASK_REMEDIES = {
+    "candidates": "decode logits of the candidate asked for, from its own image, on the student's grid, and "
+    "check that the student's target_index names the target of each mask",
+    "detections": "enlarge each box's own mask by mask_stride (boxteacher.adapter.upsample_aligned), and cut "
+    "the image out of the padded batch at the top left, without resizing",
 }
 
 
-def _pixels(offset: tuple[float, float]) -> str:
-    y, x = offset
+@dataclass(frozen=True)
+class Found:
+    """For each known box the entry of its image whose score times IoU is highest."""
+
+    known: Tensor  # (T, 4) known boxes in pixels
+    boxes: Tensor  # (T, 4) boxes that were found; NaN where there is no entry at all
+    box_overlap: Tensor  # (T,) IoU
+    right: Tensor  # (T,) bool, whether the label is right
+    mask_overlap: Tensor  # (T,) IoU of the mask and the known one
+    mask_offset: Tensor  # (T, 2) y, x in pixels from the known mask's center; NaN for an empty mask
+
+
+def check_places(subject: Subject, margin: float = 1.0) -> None:
+    """Checks where boxes that were not trained on are found, with limits that are stricter by a margin."""
+    scenes = [
+        known_boxes(subject, seed=_UNSEEN + i, sizes=sizes, counts=(2, 2))
+        for i, sizes in enumerate((SQUARE, OBLONG, SQUARE, OBLONG))
+    ]
+    with finding(subject.model, "where known boxes are found"), torch.no_grad():
+        student_offset = _check_student_masks(subject, scenes, margin)
+        for what in ("candidates", "detections"):
+            _check_found(subject, scenes, what, student_offset, margin)
+
+
+def _check_student_masks(subject: Subject, scenes: Sequence[Batch], margin: float) -> Tensor:
+    """Checks the masks of the last decoder layer; returns their median offset y, x (2,) in pixels."""
+    provider = subject.copy(training=True).provider
+    overlaps, offsets, logits = [], [], []
+    for images, targets in scenes:
+        masks = provider.forward_student(images, targets).masks[-1]
+        grid = mask_grid(images, provider.mask_stride, provider.size_divisor)
+        known = grid_targets(images, targets, grid).masks[masks.target_index]  # (M, h, w)
+        overlap, offset = _compare(masks.logits > 0, known, grid)
+        overlaps.append(overlap)
+        offsets.append(offset)
+        logits.append(masks.logits.flatten())
+    low, high = (float(value) for value in torch.cat(logits).aminmax())
+    hint = "all mask logits lie in [0, 1]: return logits, not probabilities; "
+    overlap, offset = torch.cat(overlaps).mean(), torch.cat(offsets).nanmedian(0).values
+    require(
+        bool(overlap >= MIN_OVERLAP * margin),
+        "after training with annotated masks, the student's masks overlap the known ones by an IoU of only "
+        f"{overlap:.2f} and are off by {_pixels(offset)}: {hint if 0 <= low <= high <= 1 else ''}check that "
+        "targets' boxes are read as x0, y0, x1, y1, that target_index names the target of each mask, and "
+        "that logits lie on the padded batch's grid at mask_stride, rows before columns",
+    )
+    return offset
+
+
+def _check_found(
+    subject: Subject, scenes: Sequence[Batch], what: str, student_offset: Tensor, margin: float
+) -> None:
+    found = find(subject, scenes, what)
+    require(
+        not bool(found.boxes.isnan().all()),
+        f"there are no {what} at all in images of known boxes, though the student's masks are right: keep "
+        "thresholds on scores low, and take boxes and scores from what was trained",
+    )
+    limit = _MAX_OFFSET / margin * subject.provider.mask_stride  # pixels
+    apart = (found.boxes - found.known).unflatten(1, (2, 2)).mean(1)  # (T, 2) x, y
+    overlap, box_offset = found.box_overlap.mean(), apart.median(0).values.flip(0)  # y, x
+    if bool(overlap < MIN_OVERLAP * margin) or bool((box_offset.abs() > 2 * limit).any()):
+        swapped = find(subject, scenes, what, order=(1, 0, 3, 2)).box_overlap.mean() > 1.2 * overlap
+        raise ProtocolError(
+            f"the {what}' boxes overlap the known ones by an IoU of {overlap:.2f} and are off by "
+            f"{_pixels(box_offset)}{', x and y are swapped' if bool(swapped) else ''}: boxes are x0, y0, x1, "
+            "y1 in pixels of the image as it was given; undo any resizing, and take a cell's middle, not its "
+            "corner"
+        )
+    right = float(found.right.float().mean())
+    require(
+        right >= _MIN_RIGHT * margin,
+        f"only {right:.0%} of the {what}' labels are right, though their boxes are: return the classes as "
+        "targets have them, 0 to C−1 without background",
+    )
+    overlap, offset = found.mask_overlap.mean(), found.mask_offset.nanmedian(0).values - student_offset
+    beyond = offset - offset.clamp(box_offset.clamp(max=0), box_offset.clamp(min=0))
+    require(
+        # A mask that is cut to the entry's own box may be off as far as that is.
+        bool(overlap >= MIN_OVERLAP * margin) and bool((beyond.abs() <= limit).all()),
+        f"the {what}' boxes are right, but their masks overlap the known ones by an IoU of {overlap:.2f} and "
+        f"are off by {_pixels(offset)} from the student's: {_MASK_REMEDIES[what]}",
+    )
+
+
+def check_padding(subject: Subject) -> None:
+    """Checks that a larger image in the batch, and so a larger padded batch, moves no boxes or masks."""
+    sizes = ((51, 61), (93, 91))
+    pairs = [known_boxes(subject, seed=_UNSEEN + i, sizes=sizes, counts=(1, 0)) for i in range(4)]
+    with finding(subject.model, "an image beside a larger one"):
+        found = [find(subject, [(i[:n], t[:n]) for i, t in pairs]) for n in (1, 2)]
+        alone, beside = (float(torch.minimum(f.box_overlap, f.mask_overlap).median()) for f in found)
+        require(
+            min(alone, beside) >= MIN_OVERLAP * max(alone, beside),
+            f"boxes of images of {sizes[0]} are found with an IoU of {alone:.2f} alone, but of {beside:.2f} "
+            f"beside images of {sizes[1]}: pad images at the right and bottom only, and measure coordinates "
+            "in pixels, not in parts of the padded batch",
+        )
+
+
+@torch.no_grad()
+def find(
+    subject: Subject, batches: Sequence[Batch], what: str = "candidates", order: Sequence[int] = (0, 1, 2, 3)
+) -> Found:
+    """The candidates, or "detections", of a copy in evaluation mode, for boxes of that coordinate order."""
+    subject = subject.copy(training=False)
+    provider, found = subject.provider, []
+    for images, targets in batches:
+        if what == "candidates":
+            grid = mask_grid(images, provider.mask_stride, provider.size_divisor)
+            entries = provider.forward_teacher(images)
+        else:
+            grid = mask_grid(images, 1, 1)
+            entries = _as_candidates(subject.model(images), grid)
+        found.append(_best(subject, entries, grid, grid_targets(images, targets, grid), order))
+    return Found(*(torch.cat([getattr(each, field.name) for each in found]) for field in fields(Found)))
+
+
+def _as_candidates(detections: list[dict[str, Tensor]], grid: MaskGrid) -> Candidates:
+    """Detections of a batch, with masks on a grid of stride 1."""
+    masks = torch.cat([grid.sample(found["masks"][:, 0]) for found in detections]) - 0.5  # (K, H, W)
+    index = torch.cat([torch.full_like(found["labels"], i) for i, found in enumerate(detections)])  # (K,)
+    boxes, scores, labels = (torch.cat([d[key] for d in detections]) for key in ("boxes", "scores", "labels"))
+    return Candidates(boxes, scores, labels, index, lambda indices, *_: masks[indices])
+
+
+def _best(
+    subject: Subject, entries: Candidates, grid: MaskGrid, truth: GridTargets, order: Sequence[int]
+) -> Found:
+    known = truth.boxes[:, order]  # (T, 4)
+    if not len(entries.scores):
+        nothing, nowhere = torch.zeros(len(known), device=known.device), torch.full_like(known, torch.nan)
+        return Found(known, nowhere, nothing, nothing > 0, nothing, nowhere[:, :2])
+    overlap = box_iou(entries.boxes.float(), known)  # (K, T)
+    overlap = torch.where(entries.image_index[:, None] == truth.image_index, overlap, 0.0)
+    best = (overlap * entries.scores[:, None].float()).argmax(0)  # (T,)
+    masks = decode(subject, entries, grid, best, known, truth.labels) > 0  # (T, h, w)
+    return Found(
+        known,
+        entries.boxes[best].float(),
+        overlap.gather(0, best[None])[0],
+        entries.labels[best] == truth.labels,
+        *_compare(masks, truth.masks, grid),
+    )
+
+
+def _compare(masks: Tensor, known: Tensor, grid: MaskGrid) -> tuple[Tensor, Tensor]:
+    """IoU (M,) of masks (M, h, w) bool, and y, x (M, 2) in pixels from the known ones' centers to theirs."""
+    union = (masks | known).flatten(1).sum(1)
+    overlap = (masks & known).flatten(1).sum(1) / union.clamp(min=1)
+    return overlap, (_centers(masks) - _centers(known)) * grid.stride
+
+
+def _centers(masks: Tensor) -> Tensor:
+    """Row and column (M, 2) of the centers of masks (M, h, w) bool; NaN for an empty one."""
+    rows, columns = (torch.arange(n, device=masks.device) for n in masks.shape[1:])
+    row, column = (masks.sum(2) * rows).sum(1), (masks.sum(1) * columns).sum(1)  # (M,) each
+    return torch.stack([row, column], 1) / masks.flatten(1).sum(1)[:, None]
+
+
+def _pixels(offset: Tensor) -> str:
+    y, x = offset.tolist()
     return f"({y:+.1f}, {x:+.1f}) pixels (y, x)"
-
-
-def _rounded(box: Tensor) -> list[int]:
-    return [round(value) for value in box.nan_to_num().tolist()]
