@@ -91,6 +91,7 @@ def assert_same_detections(eager: Network, exported: Network, images: list[Tenso
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "load"), [(".pt2", load_program), (".onnx", load_onnx)])
 def test_an_exported_condinst_gives_the_segmenter_s_detections(
     checkpoint, photograph, tmp_path, caplog, suffix, load
@@ -125,6 +126,7 @@ def small_mask2former(body: Backbone) -> Mask2Former:
     return Mask2Former(body, 2, channels=32, num_queries=8, encoder_layers=1, decoder_layers=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [small_solov2, small_mask2former])
 def test_other_segmenters_can_be_traced(build):
     torch.manual_seed(0)
