@@ -12,7 +12,6 @@ from boxteacher.grid import (
     grid_coordinates,
     mask_grid,
     pad_images,
-    padded_size,
     upsample_aligned,
 )
 from boxteacher.precision import full_precision
@@ -21,6 +20,8 @@ from boxteacher.protocol import (
     Detections,
     MaskPredictions,
     PseudoMaskProvider,
+    PseudoMasks,
+    PseudoMaskSource,
     StudentOutput,
     Target,
 )
@@ -39,6 +40,8 @@ __all__ = [
     "MaskPredictions",
     "ProtocolError",
     "PseudoMaskProvider",
+    "PseudoMaskSource",
+    "PseudoMasks",
     "Segmenter",
     "SegmenterWeights",
     "StudentOutput",
@@ -54,7 +57,6 @@ __all__ = [
     "mask_quality",
     "num_processes",
     "pad_images",
-    "padded_size",
     "ranking_score",
     "read_torch_file",
     "upsample_aligned",

@@ -22,7 +22,7 @@ def global_count(count: Tensor, minimum: float = 0.0) -> Tensor:
         minimum: minimum of the sum over all processes, so that nothing is divided by 0.
 
     Returns:
-        Of the same shape; floating point if there are several processes.
+        Of the same shape; floating point if there are several processes or a minimum.
     """
     processes = num_processes()
     if processes > 1:

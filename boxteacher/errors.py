@@ -10,4 +10,4 @@ class InputError(ValueError):
 
 
 class ProtocolError(InputError, TypeError):
-    """A model does not follow `PseudoMaskProvider`; the message names what is missing and the guide."""
+    """A model or a source of pseudo masks does not follow its protocol; the message names what is wrong."""

@@ -18,9 +18,9 @@ class Target(TypedDict):
 
     boxes: Tensor  # (N, 4) float
     labels: Tensor  # (N,) int64
-    masks: NotRequired[Tensor]  # (N, H, W) bool or {0, 1}, annotated; they may reach beyond their boxes
+    masks: NotRequired[Tensor]  # (N, H, W) bool, or in [0, 1] and cut at 0.5; they may exceed their boxes
     has_mask: NotRequired[Tensor]  # (N,) bool, which of `masks` are annotated; all of them if absent
-    mask_confidence: NotRequired[Tensor]  # (N,) in [0, 1], the weight of each of `masks`; 1 if absent
+    mask_confidence: NotRequired[Tensor]  # (N,) in [0, 1], weight of each of `masks`; 1 if absent, 0 for none
     ignored_bottom_rows: NotRequired[int]  # rows at the image's bottom whose colors the losses ignore
     image_id: NotRequired[int]
     annotation_ids: NotRequired[Tensor]  # (N,) int64
@@ -135,11 +135,11 @@ class PseudoMaskSource(Protocol):
     """What a teacher offers: masks for known boxes.
 
     `boxteacher.EMATeacher`, the student's own moving average, is one; any callable with this signature,
-    such as a promptable segmenter that is asked with the boxes, is another.
+    such as a promptable segmenter that is prompted with the boxes, is another.
     """
 
     def __call__(self, images: list[Tensor], targets: list[Target], grid: MaskGrid) -> PseudoMasks:
-        """Pseudo masks of the targets. Called without gradients.
+        """Pseudo masks of the targets. Called without gradients, and only if there are targets.
 
         Args:
             images: (3, H_i, W_i) each, RGB in [0, 1], not augmented.

@@ -25,7 +25,8 @@ class EMATeacher(nn.Module):
     """A segmenter's exponential moving average, which proposes masks for known boxes (BoxTeacher, Sec. 3.2).
 
     It follows `PseudoMaskSource`. `BoxTeacher` makes one of its student unless it is given a source, and
-    updates it once per optimizer step. By itself it is a fixed copy of the segmenter.
+    updates it once per optimizer step. By itself, or with a momentum of 1, it is a fixed copy of the
+    segmenter, which may then be another network than the student.
 
     Example:
         >>> teacher = EMATeacher(segmenter, iou_threshold=0.8)  # doctest: +SKIP
@@ -34,7 +35,7 @@ class EMATeacher(nn.Module):
     Args:
         segmenter: model that follows `PseudoMaskProvider`, or whose type has a registered adapter; it is
             copied.
-        momentum: limit of the average's momentum, in [0, 1].
+        momentum: limit of the average's momentum, in [0, 1]; 1 for a fixed teacher.
         iou_threshold: minimum IoU of a candidate's box with the box it is assigned to, in (0, 1].
         score_threshold: score that candidates must exceed, in [0, 1].
         confidence: formula of the mask-aware confidence, "released" or "paper" (see `mask_confidence`).
@@ -93,9 +94,15 @@ class EMATeacher(nn.Module):
         self.model.eval()
         return self
 
+    @property
+    def follows_student(self) -> bool:
+        """Whether the teacher is an average, and not fixed."""
+        return self.momentum < 1
+
     def update(self, student: nn.Module, step: int) -> None:
         """Moves the average towards `student`, after `step` earlier updates (BoxTeacher, Eq. 1)."""
-        update_ema(self.model, student, ema_momentum(step, self.momentum))
+        if self.follows_student:
+            update_ema(self.model, student, ema_momentum(step, self.momentum))
 
     @torch.no_grad()
     def forward(self, images: list[Tensor], targets: list[Target], grid: MaskGrid) -> PseudoMasks:
@@ -104,12 +111,15 @@ class EMATeacher(nn.Module):
         Args:
             images: (3, H_i, W_i) each, RGB in [0, 1].
             targets: one per image.
-            grid: of the result; its stride may differ from the segmenter's.
+            grid: mask grid of the result; its stride may differ from the segmenter's.
+
+        Raises:
+            ProtocolError: the segmenter's masks do not lie on its own grid.
         """
-        view = TeacherView(images, self.image_size)
         boxes, labels, box_image = flat_targets(targets)  # (T, 4), (T,), (T,)
         if len(boxes) == 0:
             return PseudoMasks(boxes.new_zeros(0, *grid.shape), boxes.new_zeros(0))
+        view = TeacherView(images, self.image_size)
         with autocast_to(self.dtype, boxes.device):
             candidates = self.provider.forward_teacher(view.images)
 
@@ -125,7 +135,8 @@ class EMATeacher(nn.Module):
             view_boxes = view.boxes_of_view(boxes, box_image)[target]  # (P, 4)
             logits = candidates.decode_masks(candidate, view_boxes, labels[target])  # (P, h', w')
             masks, quality = self._on_grid(logits, view, box_image[target], images, grid)  # (P, h, w), (P,)
-            # A candidate is ranked by the mask that it has for the box it overlaps most.
+            # Candidates, best √(score · quality) first, choose the free box of highest IoU. A candidate with
+            # several boxes comes once, with the quality of its mask in the box that it overlaps most.
             best = iou[candidate].argmax(1) == target  # (P,)
             winner = assign_greedily(
                 torch.where(best[:, None], iou[candidate], 0.0),
@@ -134,7 +145,7 @@ class EMATeacher(nn.Module):
             )  # (T,)
             pair = _pair_of(candidate, target, winner, iou.shape)  # (T,)
 
-            # Mask-aware confidence (Eq. 3). Index −1, a box that no candidate owns, finds the entry appended.
+            # Mask-aware confidence √(√score · quality) (Eq. 3); an entry of 0 is appended for pair −1, none.
             confidence = mask_confidence(scores, quality, self.confidence)  # (P,)
             return PseudoMasks(
                 masks=F.pad(masks > _MASK_THRESHOLD, (0, 0, 0, 0, 0, 1))[pair],
@@ -174,7 +185,8 @@ def _pair_of(candidate: Tensor, target: Tensor, winner: Tensor, shape: torch.Siz
         winner: (T,) int64, any pair of the owning candidate, −1 for none.
         shape: numbers of candidates and targets.
     """
-    table = candidate.new_full((shape[0] + 1, shape[1]), -1)  # (K + 1, T)
+    num_candidates, num_targets = shape
+    table = candidate.new_full((num_candidates + 1, num_targets), -1)  # (K + 1, T); row K is a sentinel
     table[candidate, target] = torch.arange(len(candidate), device=candidate.device)
-    candidate = F.pad(candidate, (0, 1), value=shape[0])  # (P + 1,), so that −1 finds the row of −1
-    return table[candidate[winner], torch.arange(shape[1], device=table.device)]
+    owner = F.pad(candidate, (0, 1), value=num_candidates)[winner]  # (T,); K for none
+    return table[owner, torch.arange(num_targets, device=table.device)]

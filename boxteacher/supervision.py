@@ -56,7 +56,7 @@ class TrainingWrapper(nn.Module):
 
     @property
     def segmenter(self) -> nn.Module:
-        """The network that evaluation uses."""
+        """The network that evaluation uses, as of the last forward pass or `synchronize`."""
         return self.student
 
     @property
@@ -65,7 +65,7 @@ class TrainingWrapper(nn.Module):
         return self._counter.steps
 
     def synchronize(self) -> None:
-        """Notices the optimizer step since the last call; every call of the model and `state_dict` do it."""
+        """Counts the optimizer step since the last call; forward passes, `state_dict` and copies do it."""
         self._counter.advance()
 
     def unwrap(self) -> nn.Module:
@@ -75,12 +75,17 @@ class TrainingWrapper(nn.Module):
         """
         self.synchronize()
         segmenter = copy.deepcopy(self.segmenter).eval()
-        for ours, trained in zip(segmenter.parameters(), self.student.parameters(), strict=True):
-            ours.requires_grad_(trained.requires_grad)
+        trained = {name for name, parameter in self.student.named_parameters() if parameter.requires_grad}
+        for name, parameter in segmenter.named_parameters():
+            parameter.requires_grad_(name in trained)
         return cast(nn.Module, segmenter.model) if self._is_adapter else segmenter
 
     def detect(self, images: list[Tensor]) -> list[Detections]:
-        """Detections of images (3, H_i, W_i), RGB in [0, 1], by the network that evaluation uses."""
+        """Detections of images (3, H_i, W_i), RGB in [0, 1], by the network that evaluation uses.
+
+        Raises:
+            InputError: `images` is not a list of such images.
+        """
         check_images(images)
         return cast("list[Detections]", self.segmenter(images))
 
@@ -98,14 +103,22 @@ class TrainingWrapper(nn.Module):
         return checked, mask_grid(images, provider.mask_stride, provider.size_divisor)
 
     def mask_predictions(self, output: StudentOutput, grid: MaskGrid) -> Iterator[MaskPredictions]:
-        """A student's masks, one entry per decoder layer, each checked to lie on the grid."""
+        """A student's masks, one entry per decoder layer.
+
+        Raises:
+            ProtocolError: mask logits do not lie on the grid.
+        """
         for predictions in output.masks:
             shape = (len(predictions.target_index), *grid.shape)
             check_mask_logits(self.student, "forward_student", predictions.logits, shape)
             yield predictions
 
     def combine(self, losses: dict[str, Tensor], mask_losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The student's own losses together with the mask losses, averaged over decoder layers."""
+        """The student's own losses together with the mask losses, averaged over decoder layers.
+
+        Raises:
+            ProtocolError: the student's losses have names of the mask losses.
+        """
         names = mask_losses[0] if mask_losses else ()
         means = {name: torch.stack([layer[name] for layer in mask_losses]).mean() for name in names}
         if twice := losses.keys() & means.keys():

@@ -23,7 +23,7 @@ class GridTargets:
         extents: (T, 4) int64, the cells of `box_masks`: first row, first column, end row, end column, the
             ends exclusive.
         box_masks: (T, h, w) bool, inside of the box.
-        masks: (T, h, w) bool, annotated masks; empty where there is none.
+        masks: (T, h, w) bool, annotated masks; 0 where there is none.
         mask_confidence: (T,) in [0, 1] of annotated masks; 0 where there is none.
         valid: (B, h, w) bool, cells inside the image without its ignored bottom rows.
     """
@@ -121,10 +121,13 @@ def _annotated_masks(targets: Sequence[Target], grid: MaskGrid) -> tuple[Tensor,
     for target in targets:
         boxes = target["boxes"]  # (N, 4)
         if "masks" in target:
-            masks.append(grid.sample(target["masks"]).bool())
             confidence = target.get("mask_confidence", torch.ones(len(boxes), device=boxes.device))  # (N,)
             has_mask = target.get("has_mask", torch.ones_like(confidence, dtype=torch.bool))  # (N,)
-            confidences.append(torch.where(has_mask, confidence, 0.0))
+            confidence = torch.where(has_mask, confidence, 0.0)
+            sampled = grid.sample(target["masks"])  # (N, h, w)
+            sampled = sampled > 0.5 if sampled.is_floating_point() else sampled.bool()
+            masks.append(sampled & (confidence > 0)[:, None, None])
+            confidences.append(confidence)
         else:
             masks.append(torch.zeros(len(boxes), *grid.shape, dtype=torch.bool, device=boxes.device))
             confidences.append(torch.zeros(len(boxes), device=boxes.device))

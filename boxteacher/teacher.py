@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from boxteacher.augmentation import StrongAugmentation
 from boxteacher.distributed import global_mean
+from boxteacher.errors import InputError
 from boxteacher.losses import (
     BoxRegions,
     affinity_relation,
@@ -19,9 +20,10 @@ from boxteacher.losses import (
 )
 from boxteacher.protocol import Detections, PseudoMasks, PseudoMaskSource, Target
 from boxteacher.pseudo_masks import EMATeacher
+from boxteacher.state_dicts import compare_states
 from boxteacher.supervision import TrainingWrapper
 from boxteacher.targets import color_similarity, grid_targets
-from boxteacher.validation import check_choice, check_pseudo_masks, check_range, check_whole
+from boxteacher.validation import check_choice, check_pseudo_masks, check_range, check_source, check_whole
 
 
 class BoxTeacher(TrainingWrapper):
@@ -33,8 +35,9 @@ class BoxTeacher(TrainingWrapper):
     place of a pseudo mask.
 
     The teacher is updated once per optimizer step, whatever the training loop does in between (gradient
-    accumulation, steps that a gradient scaler skips): by the next call of the model, `state_dict()` or
-    `unwrap()`. Keep the weights in float32 and use autocast: an average in half precision stalls.
+    accumulation, steps that a gradient scaler skips): by the next forward pass, `state_dict()`, `unwrap()` or
+    copy. Call `synchronize()` before you save `segmenter` by itself. Keep the weights in float32 and use
+    autocast: an average in half precision stalls.
 
     Example:
         >>> model = BoxTeacher(my_segmenter)  # doctest: +SKIP
@@ -55,7 +58,7 @@ class BoxTeacher(TrainingWrapper):
         teacher_interval: number of optimizer steps from one run of the teacher to the next; in between, masks
             learn from boxes, colors and annotated masks alone.
         inference: network that evaluation uses, "teacher" or "student"; always the student with a source that
-            is no `EMATeacher`.
+            is not the student's average.
 
     Attributes:
         last_pseudo_masks: `PseudoMasks` of the last training step, annotated masks included.
@@ -87,6 +90,7 @@ class BoxTeacher(TrainingWrapper):
         check_whole("teacher_interval", teacher_interval, minimum=1)
         check_choice("inference", inference, ("teacher", "student"))
         self.teacher: PseudoMaskSource = EMATeacher(self.student) if teacher is None else teacher
+        check_source(self.teacher, self.student)
         self.augmentation = StrongAugmentation() if augmentation is None else augmentation
         self.pixel_weight = pixel_weight
         self.affinity_weight = affinity_weight
@@ -95,6 +99,13 @@ class BoxTeacher(TrainingWrapper):
         self.teacher_interval = teacher_interval
         self.inference = inference
         self.last_pseudo_masks: PseudoMasks | None = None
+        if isinstance(self.teacher, EMATeacher) and self.teacher.follows_student:
+            difference = compare_states(self.student.state_dict(), self.teacher.model.state_dict())
+            if difference:
+                raise InputError(
+                    f"the teacher averages another network than the student; entries that differ: "
+                    f"{difference}; give EMATeacher(student), or EMATeacher(other, momentum=1), a fixed one"
+                )
         if isinstance(self.teacher, nn.Module):
             self.teacher.requires_grad_(False).eval()
 
@@ -109,8 +120,9 @@ class BoxTeacher(TrainingWrapper):
 
         Raises:
             InputError: images and targets do not fit together, or leave a batch norm a single value.
+            ProtocolError: the student or the source returns something else than its protocol says.
         """
-        self.synchronize()  # the EMA update, Eq. 1
+        self.synchronize()  # the EMA update (Eq. 1), momentum min(0.999, 1 − 1/(step + 1))
         if not self.training:
             return self.detect(images)
         targets, grid = self.check_training_batch(images, targets)
@@ -119,38 +131,38 @@ class BoxTeacher(TrainingWrapper):
         # The teacher sees the images as they are: a mask and a confidence for each box (Sec. 3.2). Annotated
         # masks take the place of pseudo masks.
         masks, confidence = truth.masks, truth.mask_confidence  # (T, h, w), (T,)
-        if self._counter.steps % self.teacher_interval == 0:
+        if len(truth.boxes) and self.optimizer_steps % self.teacher_interval == 0:
             with torch.no_grad():
                 pseudo = self.teacher(images, targets, grid)
                 check_pseudo_masks(self.teacher, pseudo, tuple(masks.shape))
-                annotated = confidence > 0  # (T,)
-                inside = pseudo.masks * truth.box_masks  # (T, h, w)
-                masks = torch.where(annotated[:, None, None], masks, inside)
-                confidence = torch.where(annotated, confidence, pseudo.confidence)
+                is_annotated = truth.mask_confidence > 0  # (T,)
+                inside = pseudo.masks.masked_fill(~truth.box_masks, 0)  # (T, h, w)
+                masks = torch.where(is_annotated[:, None, None], truth.masks, inside)
+                confidence = torch.where(is_annotated, truth.mask_confidence, pseudo.confidence)
         self.last_pseudo_masks = PseudoMasks(masks, confidence)
 
         # The student sees them strongly augmented (Sec. 3.4), and learns from boxes and colors …
         similarity = color_similarity(images, truth.valid, grid)  # (B, 8, h, w)
         output = self.provider.forward_student(self.augmentation(images), targets)
+        color_weight = self.warmup(self.warmup_steps)
+        pseudo_weight = self.warmup(self.pseudo_warmup_steps)
         mask_losses = []
         for predictions in self.mask_predictions(output, grid):
             logits, index = predictions.logits, predictions.target_index  # (M, h, w), (M,)
             regions = BoxRegions(truth.extents[index], truth.image_index[index], truth.valid)
-            colors = color_relation(similarity, regions.image_index)
-            affinity = affinity_relation(masks, index)
-            sums, counts = pair_sums(logits, regions, [colors, affinity])  # (2, M) each
+            pairs = [color_relation(similarity, regions.image_index), affinity_relation(masks, index)]
+            (color_sums, affinity_sums), (color_counts, affinity_counts) = pair_sums(logits, regions, pairs)
             projection = global_mean(projection_loss(logits, truth.box_masks[index]))
-            pairwise = color_pairwise_loss(sums[0], counts[0]) * self.warmup(self.warmup_steps)
+            pairwise = color_pairwise_loss(color_sums, color_counts)
             # … and from the pseudo masks, as far as each is to be trusted (Sec. 3.3).
-            weight = self.warmup(self.pseudo_warmup_steps)
             pixel = noise_aware_pixel_loss(logits, masks[index], confidence[index])
-            affinity_loss = noise_reduced_affinity_loss(sums[1], counts[1], confidence[index])
+            affinity = noise_reduced_affinity_loss(affinity_sums, affinity_counts, confidence[index])
             mask_losses.append(
                 {
                     "loss_projection": projection,
-                    "loss_pairwise": pairwise,
-                    "loss_pixel": pixel * (self.pixel_weight * weight),
-                    "loss_affinity": affinity_loss * (self.affinity_weight * weight),
+                    "loss_pairwise": pairwise * color_weight,
+                    "loss_pixel": pixel * (self.pixel_weight * pseudo_weight),
+                    "loss_affinity": affinity * (self.affinity_weight * pseudo_weight),
                 }
             )
         return self.combine(output.losses, mask_losses)
@@ -162,8 +174,12 @@ class BoxTeacher(TrainingWrapper):
 
     @property
     def segmenter(self) -> nn.Module:
-        """The network that evaluation uses."""
-        if self.inference == "teacher" and isinstance(self.teacher, EMATeacher):
+        """The network that evaluation uses, as of the last forward pass or `synchronize`."""
+        if (
+            self.inference == "teacher"
+            and isinstance(self.teacher, EMATeacher)
+            and self.teacher.follows_student
+        ):
             return self.teacher.model
         return self.student
 

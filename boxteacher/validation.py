@@ -12,7 +12,7 @@ from boxteacher.protocol import PseudoMasks, Target
 _METHODS = ("forward_teacher", "forward_student")
 _ATTRIBUTES = ("mask_stride", "size_divisor")
 _GUIDE = "docs/write_an_adapter.md"
-_RANGE_SLACK = 0.5  # interpolation may leave [0, 1], but not as far as normalisation does
+_RANGE_SLACK = 0.5  # interpolation may leave [0, 1], but not as far as normalization does
 
 
 def check_provider_methods(model: nn.Module) -> None:
@@ -42,15 +42,40 @@ def check_mask_logits(model: nn.Module, method: str, logits: Tensor, expected: t
         )
 
 
+def check_source(source: object, student: nn.Module) -> None:
+    """Raises ProtocolError unless `source` may be a `PseudoMaskSource` of that student."""
+    name = type(source).__name__
+    if hasattr(source, "forward_teacher"):
+        raise ProtocolError(
+            f"teacher is a segmenter, {name}: give EMATeacher({name}(...)), a source of masks"
+        )
+    if not callable(source):
+        raise ProtocolError(f"teacher is {source!r}: give a callable (images, targets, grid) → PseudoMasks")
+    if isinstance(source, nn.Module):
+        trained = {id(parameter) for parameter in student.parameters()}
+        if any(id(parameter) in trained for parameter in source.parameters()):
+            raise ProtocolError(
+                f"teacher, {name}, holds parameters of the student, which it would freeze: give it a copy"
+            )
+
+
 def check_pseudo_masks(source: object, pseudo: PseudoMasks, expected: tuple[int, ...]) -> None:
-    """Raises ProtocolError unless a source gave one mask per target on the grid, and one confidence."""
+    """Raises ProtocolError unless a source returned one mask per target on the grid, and one confidence.
+
+    Values are checked on the CPU only, so that no other device is synchronized with.
+    """
+    name = type(source).__name__
+    if not isinstance(pseudo, PseudoMasks):
+        raise ProtocolError(f"{name} returned a {type(pseudo).__name__}: return boxteacher.PseudoMasks")
     shapes = tuple(pseudo.masks.shape), tuple(pseudo.confidence.shape)
     if shapes != (expected, expected[:1]):
         raise ProtocolError(
-            f"{type(source).__name__} gave pseudo masks {shapes[0]} and confidence {shapes[1]} where "
-            f"{expected} and {expected[:1]} are expected: one mask per target on the mask grid, and one "
-            "confidence"
+            f"{name} gave pseudo masks {shapes[0]} and confidence {shapes[1]} where {expected} and "
+            f"{expected[:1]} are expected: one mask per target on the mask grid, and one confidence"
         )
+    for what, values in (("masks", pseudo.masks), ("confidence", pseudo.confidence)):
+        if values.device.type == "cpu" and not ((values >= 0) & (values <= 1)).all():
+            raise ProtocolError(f"{name} gave {what} outside [0, 1]: return probabilities, without NaN")
 
 
 def check_range(
@@ -126,7 +151,9 @@ def check_batch(images: Sequence[Tensor], targets: Sequence[Target] | None) -> l
         _check_shape(f"target {i}: boxes", target["boxes"], (None, 4), "x0, y0, x1, y1 in pixels")
         _check_shape(f"target {i}: labels", target["labels"], (count,), "one label per box")
         if target["boxes"].dtype not in (torch.float32, torch.float64):
-            raise InputError(f"target {i}: boxes are {target['boxes'].dtype}: give float32, as halves round")
+            raise InputError(
+                f"target {i}: boxes are {target['boxes'].dtype}: give float32: others round pixels"
+            )
         if target["boxes"].device.type == "cpu" and not target["boxes"].isfinite().all():
             raise InputError(f"target {i}: a box has a NaN or infinite coordinate: correct or remove it")
         if target["labels"].dtype != torch.int64:
@@ -138,14 +165,17 @@ def check_batch(images: Sequence[Tensor], targets: Sequence[Target] | None) -> l
                 )
         if "masks" in target:
             shape = (count, *image.shape[-2:])
-            _check_shape(
-                f"target {i}: masks", target["masks"], shape, "one mask per box, of the image's size"
-            )
+            masks = target["masks"]
+            _check_shape(f"target {i}: masks", masks, shape, "one mask per box, of the image's size")
+            if masks.is_floating_point() and masks.device.type == "cpu" and count:
+                low, high = (float(value) for value in masks.aminmax())
+                if not 0 <= low <= high <= 1:
+                    raise InputError(f"target {i}: masks have values from {low:g} to {high:g}: give [0, 1]")
         if "has_mask" in target:
             _check_shape(f"target {i}: has_mask", target["has_mask"], (count,), "one flag per box")
             if target["has_mask"].dtype != torch.bool or "masks" not in target:
                 raise InputError(
-                    f"target {i}: has_mask says which 'masks' were annotated: give both, it as bool"
+                    f"target {i}: has_mask says which of 'masks' are annotated: give both, has_mask as bool"
                 )
         if "mask_confidence" in target:
             _check_mask_confidence(i, target, count)
@@ -156,13 +186,15 @@ def _check_mask_confidence(i: int, target: Target, count: int) -> None:
     confidence = target["mask_confidence"]
     _check_shape(f"target {i}: mask_confidence", confidence, (count,), "one value in [0, 1] per box")
     if not confidence.is_floating_point() or "masks" not in target:
-        raise InputError(f"target {i}: mask_confidence weighs 'masks': give both, it as float")
+        raise InputError(
+            f"target {i}: mask_confidence weighs 'masks': give 'masks', and a floating-point mask_confidence"
+        )
     if confidence.device.type == "cpu" and not ((confidence >= 0) & (confidence <= 1)).all():
         raise InputError(f"target {i}: mask_confidence is {confidence.tolist()}: give values in [0, 1]")
 
 
 def check_batch_norms(model: nn.Module, images: Sequence[Tensor], size_divisor: int) -> None:
-    """Raises InputError if one image of one cell at the greatest stride is all that a batch norm is given."""
+    """Raises InputError if batch norms train on one image whose coarsest feature map is a single cell."""
     if len(images) > 1 or max(images[0].shape[-2:]) > size_divisor:
         return
     if any(isinstance(module, nn.BatchNorm2d) and module.training for module in model.modules()):

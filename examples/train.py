@@ -72,6 +72,7 @@ def main() -> None:
         arguments.model, arguments.backbone, arguments.image_size, index.class_names, index.category_ids
     )
     checkpoint = arguments.output / "last.pt"
+    model.synchronize()  # the teacher follows the last step
     save_checkpoint(checkpoint, model.segmenter, info)
     print(evaluate(checkpoint, arguments.data).table)
 

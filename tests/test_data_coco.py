@@ -72,6 +72,17 @@ def test_an_optional_field_of_another_type_is_ignored(folder: Folder, field: dic
     assert_same(expected, folder.index(read_masks=True))
 
 
+def test_a_crowd_without_a_box_stops_nothing(folder: Folder) -> None:
+    record = folder.content["annotations"][1]
+    record["iscrowd"] = 1
+    del record["bbox"]
+    index, problems = folder.read()
+    assert len(index.boxes) == 2
+    assert [(problem.severity, "'bbox' is missing" in problem.what) for problem in problems] == [
+        ("warning", True)
+    ]
+
+
 def test_crowds_are_in_the_index_with_their_masks(folder: Folder) -> None:
     folder.content["annotations"][1]["iscrowd"] = 1
     index = folder.index(read_masks=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from boxteacher import BoxTeacher, EMATeacher, ProtocolError, PseudoMasks, PseudoMaskSource
+from boxteacher import BoxTeacher, EMATeacher, InputError, ProtocolError, PseudoMasks, PseudoMaskSource
 from boxteacher.grid import MaskGrid, mask_grid
 from boxteacher.losses import dice_loss
 from boxteacher.targets import grid_targets
@@ -144,3 +144,72 @@ def test_a_batch_without_boxes_gives_no_masks():
     pseudo = EMATeacher(ScriptedSegmenter(PLAN))(IMAGES, [target(), target()], mask_grid(IMAGES, 4, 16))
     assert pseudo.masks.shape == (0, 12, 16)
     assert pseudo.confidence.shape == (0,)
+
+
+def test_a_source_is_not_called_without_targets():
+    def fails(images: list[Tensor], targets: list, grid: MaskGrid) -> PseudoMasks:
+        raise AssertionError
+
+    losses = model_with(fails)(IMAGES, [target(), target()])
+    assert losses["loss_pixel"] == losses["loss_affinity"] == 0
+
+
+def test_a_teacher_of_another_architecture_must_be_fixed():
+    class Wider(ScriptedSegmenter):
+        def __init__(self) -> None:
+            super().__init__(PLAN)
+            self.more = nn.Linear(2, 2)
+
+    with pytest.raises(InputError, match=r"another network than the student.*more\.weight.*momentum=1"):
+        model_with(EMATeacher(Wider()))
+    fixed = EMATeacher(Wider(), momentum=1)
+    before = {name: value.clone() for name, value in fixed.state_dict().items()}
+    model = model_with(fixed)
+    optimizer = torch.optim.SGD(model.student.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        sum(model(IMAGES, TARGETS).values()).backward()
+        optimizer.step()
+    assert (model.last_pseudo_masks.confidence > 0).all()
+    assert all(torch.equal(value, before[name]) for name, value in fixed.state_dict().items())
+    assert model.segmenter is model.student
+    assert type(model.unwrap()) is ScriptedSegmenter
+
+
+class Holding(nn.Module):
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+
+
+SEGMENTER = ScriptedSegmenter()
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (5, "teacher is 5: give a callable"),
+        (SEGMENTER, r"teacher is a segmenter.*EMATeacher\(ScriptedSegmenter"),
+        (Holding(SEGMENTER), "Holding, holds parameters of the student"),
+    ],
+)
+def test_what_is_no_source_is_refused_at_once(source, message):
+    with pytest.raises(ProtocolError, match=message):
+        BoxTeacher(SEGMENTER, teacher=source)
+    assert all(parameter.requires_grad for parameter in SEGMENTER.parameters())
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda pseudo: (pseudo.masks, pseudo.confidence), "returned a tuple: return boxteacher.PseudoMasks"),
+        (lambda pseudo: PseudoMasks(pseudo.masks * 9, pseudo.confidence), r"masks outside \[0, 1\]"),
+        (lambda pseudo: PseudoMasks(pseudo.masks * NAN, pseudo.confidence), r"masks outside \[0, 1\]"),
+        (lambda pseudo: PseudoMasks(pseudo.masks, pseudo.confidence * 9), r"confidence outside \[0, 1\]"),
+    ],
+)
+def test_a_source_that_returns_no_masks_is_named(result, message):
+    model = model_with(lambda *batch: result(half_masks(*batch)))
+    with pytest.raises(ProtocolError, match=message):
+        model(IMAGES, TARGETS)

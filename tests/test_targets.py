@@ -207,6 +207,12 @@ def test_annotated_masks_may_be_of_any_type(dtype):
     assert torch.equal(grid.masks[0], annotated[0, 2::4, 2::4])
 
 
+def test_soft_annotated_masks_are_cut_at_one_half():
+    soft = torch.rand(1, 32, 32)
+    grid = on_grid(seeded_images((32, 32)), [target((0, 0, 9, 9), masks=soft)], 4, 32)
+    assert torch.equal(grid.masks[0], soft[0, 2::4, 2::4] > 0.5)
+
+
 def test_only_masks_with_has_mask_count():
     annotated = torch.ones(2, 32, 32).bool()
     targets = [
@@ -215,6 +221,7 @@ def test_only_masks_with_has_mask_count():
     ]
     grid = on_grid(seeded_images((32, 32), (32, 32)), targets, 4, 32)
     assert grid.mask_confidence.tolist() == [0, 1, 0]
+    assert grid.masks.flatten(1).any(1).tolist() == [False, True, False]
     assert grid.image_index.tolist() == [0, 0, 1]
 
 

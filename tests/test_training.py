@@ -46,6 +46,18 @@ def test_a_run_writes_a_checkpoint_its_settings_and_a_line_per_step(run, shapes)
         assert 0 <= line["confidence"] <= 1
 
 
+def test_the_checkpoint_holds_the_teacher_after_the_last_step(shapes, tmp_path):
+    assert main([*train_arguments(shapes, tmp_path), "--steps", "1"]) == 0
+    torch.manual_seed(0)  # the run's seed, so that its network began with these weights
+    untrained = build_segmenter("condinst", 4, backbone="resnet18", weights="none", image_size=64)
+    trained, _ = load_checkpoint(tmp_path / "last.pt")
+    moved = [
+        not torch.equal(ours, theirs)
+        for ours, theirs in zip(trained.parameters(), untrained.parameters(), strict=True)
+    ]
+    assert sum(moved) > len(moved) // 2
+
+
 def test_the_checkpoint_loads_with_weights_only_and_builds_its_segmenter(run):
     segmenter, info = load_checkpoint(run / "last.pt")
     assert info == SegmenterInfo(

@@ -140,7 +140,8 @@ def coco_results(
 def coco_evaluation(index: DataIndex, results: list[dict[str, Any]]) -> Evaluation:
     """COCO's evaluation of boxes, and of masks if any object has one.
 
-    In the evaluation of masks, objects without a mask are ignored like crowds.
+    In the evaluation of masks, objects without a mask are ignored like crowds. Boxes are those of the index:
+    cut to their image, where COCO's own evaluation takes them as the file has them.
 
     Args:
         index: ground truth, with its masks if they are to be compared.
@@ -150,7 +151,9 @@ def coco_evaluation(index: DataIndex, results: list[dict[str, Any]]) -> Evaluati
     metrics: Metrics = {"segm": None, "bbox": None}
     if index.masks is None:
         logger.warning("%s: no object has a mask: only boxes are evaluated", index.annotations)
-    elif missing := sum(mask is None for mask in index.masks):
+    elif missing := sum(
+        mask is None for mask, crowd in zip(index.masks, index.crowd, strict=True) if not crowd
+    ):
         logger.warning("%s: %d objects have no mask: mask AP ignores them", index.annotations, missing)
     for kind in ("bbox",) if index.masks is None else ("segm", "bbox"):
         # pycocotools writes into results, and takes a mask's area from its box if there is one.

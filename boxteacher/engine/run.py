@@ -70,5 +70,6 @@ def write_settings(settings: TrainSettings) -> None:
 def save_if_due(state: RunState, checkpoint: Path, info: SegmenterInfo, steps: int) -> None:
     """Writes the checkpoint ten times during a run of `steps` steps, the last time after the last step."""
     if state.step % math.ceil(steps / _CHECKPOINTS_PER_RUN) == 0 or state.step == steps:
+        state.model.synchronize()  # the teacher follows the step just taken
         save_checkpoint(checkpoint, state.model.segmenter, info)
         state.saved = state.step

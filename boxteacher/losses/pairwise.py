@@ -25,7 +25,7 @@ def color_relation(color_similarity: Tensor, image_index: Tensor, threshold: flo
     bit = {offset: 1 << k for k, offset in enumerate(offsets[4:])}
     codes = torch.zeros_like(alike[:, 0], dtype=torch.uint8)  # (B, h, w)
     for k, offset in enumerate(offsets[4:]):
-        # Similarity is 0 where the neighbor is not valid; seen from the neighbor, the pair still has one.
+        # A pair is similar if it is so from either cell: similarity to a neighbor that is not valid is 0.
         either = alike[:, 4 + k] | shifted(alike[:, 3 - k], offset)  # (B, h, w)
         codes |= either.to(torch.uint8) * bit[offset]
 

@@ -5,6 +5,7 @@ import math
 import reprlib
 import sys
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +46,7 @@ def read_coco(
     """
     file = _CocoFile(annotations)
     names = dict(file.read("categories", lambda record: (record.id, record.field("name", str))))
+    categories = "categories" if category_ids is None else "categories that model and file share"
     category_ids = sorted(file.ids["categories"]) if category_ids is None else list(category_ids)
     label_of = {each: label for label, each in enumerate(category_ids) if each in file.ids["categories"]}
     found_images = _sound_images(file, images)
@@ -52,9 +54,15 @@ def read_coco(
 
     def read_object(record: _Record) -> IndexedObject | None:
         image_id = record.reference("image_id", "images", file.ids["images"])
-        label = label_of[record.reference("category_id", "categories", label_of)]
+        label = label_of[record.reference("category_id", categories, label_of)]
         crowd = record.is_crowd()
-        x, y, width, height = record.bbox()
+        try:
+            x, y, width, height = record.bbox()
+        except RecordError as error:
+            if not crowd:
+                raise
+            # Training leaves crowds out, so none of them stops it.
+            raise RecordError(replace(error.problem, severity="warning")) from error
         if image_id not in position_of:  # left out
             return None
         position = position_of[image_id]
