@@ -23,6 +23,7 @@ from boxteacher.adapter import (
     StudentOutput,
     Target,
     check_labels,
+    global_count,
     grid_coordinates,
     pad_images,
     upsample_aligned,
@@ -122,7 +123,7 @@ class PrototypeSegmenter(Segmenter):
         center = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2  # (T, 1, 2)
         near = (features.cells - center).abs().amax(2) < 1.5 * STRIDE  # (T, L)
         target, cell = near.nonzero(as_tuple=True)  # (M,) each
-        image, count = owner[target], max(len(target), 1)
+        image, count = owner[target], global_count(near.sum(), minimum=1)
 
         truth = torch.zeros_like(features.class_logits)  # (B, L, C)
         truth[image, cell, labels[target]] = 1.0
