@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         "--workers", type=_at_least(0), default=2, help="number of processes that load images (default: 2)"
     )
 
-    predict = add_command(_predict, "predict masks: images with masks drawn on them, and COCO results")
+    predict = add_command(_predict, "predict masks: images overlaid with masks, and COCO results")
     predict.add_argument("checkpoint", type=Path, help="checkpoint, such as RUN/last.pt")
     predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image file")
     predict.add_argument("--output", type=Path, required=True, help="folder for the images and results.json")

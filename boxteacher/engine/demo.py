@@ -48,7 +48,7 @@ def run_demo(output: Path, *, steps: int) -> tuple[Evaluation, Path]:
 
 @torch.inference_mode()
 def _predictions(checkpoint: Path, data: Path) -> torch.Tensor:
-    """Validation images at twice their size, with detections drawn on them, in rows of four."""
+    """Validation images at twice their size, overlaid with detections, in rows of four."""
     segmenter, info = load_checkpoint(checkpoint)
     images = InstanceDataset(read_split(data, "val"), transform=evaluation_transform(2 * info.image_size))
     pictures = []

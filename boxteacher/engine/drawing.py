@@ -34,7 +34,7 @@ def draw_detections(
         image: (3, H, W), RGB in [0, 1].
         detections: detections in this image, at this size.
         class_names: names of labels 0 … C−1.
-        score_threshold: minimum score of the detections that are drawn.
+        score_threshold: minimum score of the detections that are shown.
 
     Returns:
         (3, H, W) uint8.

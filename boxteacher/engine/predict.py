@@ -1,4 +1,4 @@
-"""Prediction: masks of images, drawn on them and as COCO results."""
+"""Prediction: masks of images, overlaid on them and as COCO results."""
 
 import json
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def predict(
     score_threshold: float = 0.6,
     device: str = "auto",
 ) -> Path:
-    """Writes images with their masks drawn on them to `output/NAME.png`, and `output/results.json`.
+    """Writes images overlaid with their masks to `output/NAME.png`, and `output/results.json`.
 
     `results.json` holds COCO results, whose `image_id` counts the images from 0 and whose `file_name` is the
     image's path.
@@ -38,7 +38,7 @@ def predict(
         checkpoint: checkpoint that `train` wrote.
         images: image files, whose names must differ.
         output: folder to write to, created if missing.
-        score_threshold: minimum score of the detections that are drawn and written.
+        score_threshold: minimum score of the detections that are shown and written.
         device: name of the device (see `pick_device`).
 
     Returns:
