@@ -134,7 +134,7 @@ class OneImageOnly(TinySegmenter):
         features = self.features(images)
         found = super().forward_teacher(images)
         centers = (found.boxes[:, None, :2] + found.boxes[:, None, 2:]) / 2
-        cells = (features[0] - centers).abs().sum(2).argmin(1)
+        cells = (features.cells - centers).abs().sum(2).argmin(1)
         first = torch.zeros_like(found.image_index)
         return replace(found, decode_masks=lambda index, *_: self.masks(features, first[index], cells[index]))
 
@@ -173,8 +173,8 @@ class LayerInAList(TinySegmenter):
         self.layers = [nn.Conv2d(8, 8, 1)]
 
     def features(self, images):
-        *others, prototypes = super().features(images)
-        return *others, prototypes + self.layers[0](prototypes)
+        features = super().features(images)
+        return replace(features, prototypes=features.prototypes + self.layers[0](features.prototypes))
 
 
 STATE = {
@@ -280,8 +280,8 @@ class BatchNormalized(TinySegmenter):
         self.norm = Mixes(8)
 
     def features(self, images):
-        *others, prototypes = super().features(images)
-        return *others, 100 * self.norm(prototypes)
+        features = super().features(images)
+        return replace(features, prototypes=100 * self.norm(features.prototypes))
 
 
 def test_statistics_of_a_batch_may_mix_its_images():

@@ -191,7 +191,7 @@ def test_masks_that_are_cut_to_the_candidate_s_own_box_may_be_off_as_that_is():
 
     def moved(found):
         return replace(
-            with_masks(lambda m: m.roll(1, 2))(found), boxes=found.boxes + torch.tensor([3, 0, 3, 0])
+            with_masks(lambda m: m.roll(1, 2))(found), boxes=found.boxes + torch.tensor([2, 0, 2, 0])
         )
 
     model = Broken(candidates=moved, detections=lambda found, _: found)

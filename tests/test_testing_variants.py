@@ -36,10 +36,10 @@ class ForgottenBuffer(TinySegmenter):
         self.register_buffer("level", torch.ones(1), persistent=False)
 
     def features(self, images):
-        *others, prototypes = super().features(images)
+        features = super().features(images)
         if self.training:
             self.level = 0.9 * self.level + 0.2
-        return *others, prototypes * self.level
+        return replace(features, prototypes=features.prototypes * self.level)
 
 
 class SharedCopies(TinySegmenter):

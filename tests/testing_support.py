@@ -1,6 +1,7 @@
 """What the tests of the conformance kit share: a segmenter with trained weights, and ways to break it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -52,8 +53,8 @@ class Broken(TinySegmenter):
         return self.change("output", super().forward_student(images, targets), targets)
 
     def features(self, images):
-        *others, prototypes = super().features(images)
-        return *others, self.change("prototypes", prototypes)
+        features = super().features(images)
+        return replace(features, prototypes=self.change("prototypes", features.prototypes))
 
     def masks(self, *arguments):
         return self.change("masks", super().masks(*arguments))
