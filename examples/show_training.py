@@ -1,8 +1,8 @@
 """Shows how pseudo masks grow while a network learns from boxes alone: the picture on the front page.
 
-    python examples/show_training.py --data FOLDER_FOR_DEMO_DATA --output docs/front.png
+    python examples/show_training.py --data FOLDER_FOR_DEMO_DATA --output docs/front.jpg
 
-Trains CondInst on the demo's boxes for 400 steps, three minutes on two cores. Needs boxteacher[timm,viz].
+Trains CondInst on the demo's boxes for 400 steps, three to six minutes. Needs boxteacher[timm,viz].
 """
 
 import argparse
