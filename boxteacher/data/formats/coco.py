@@ -53,6 +53,7 @@ def read_coco(
     position_of = {each.image_id: i for i, each in enumerate(found_images)}
 
     def read_object(record: _Record) -> IndexedObject | None:
+        """The object of a record; None if its image is left out."""
         image_id = record.reference("image_id", "images", file.ids["images"])
         label = label_of[record.reference("category_id", categories, label_of)]
         crowd = record.is_crowd()
@@ -63,7 +64,7 @@ def read_coco(
                 raise
             # Training leaves crowds out, so none of them stops it.
             raise RecordError(replace(error.problem, severity="warning")) from error
-        if image_id not in position_of:  # left out
+        if image_id not in position_of:
             return None
         position = position_of[image_id]
         size = found_images[position].size
