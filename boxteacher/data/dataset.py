@@ -27,7 +27,7 @@ class InstanceDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         index: images and objects of the data set.
         transform: function of a `tv_tensors.Image` and its dict of `boxes`, `labels` and so on that returns
             both.
-        ignored_bottom_rows: number of rows at the bottom of each stored image that do not show the scene,
+        ignored_bottom_rows: number of rows at the bottom of each image that do not show the scene,
             such as a caption.
 
     Raises:
@@ -76,7 +76,7 @@ class InstanceDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
             target["masks"] = tv_tensors.Mask(masks)
             if not has_mask.all():
                 target["has_mask"] = has_mask
-        image: Tensor = tv_tensors.Image(read_image(index.image_path(i)))
+        image: Tensor = tv_tensors.Image(read_image(index.image_path(i), (height, width)))
         if self.transform is not None:
             image, target = self.transform(image, target)
         plain: dict[str, Any] = {key: value.as_subclass(Tensor) for key, value in target.items()}

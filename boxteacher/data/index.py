@@ -24,8 +24,8 @@ class DataIndex:
         class_names: name of each label.
         category_ids: the data set's own id of each label; COCO's ids have gaps.
         image_ids: (I,) int64.
-        file_names: paths of the I images, relative to `images`.
-        sizes: (I, 2) int64, height and width of the stored images in pixels.
+        file_names: paths of the I images as the disk has them, relative to `images`.
+        sizes: (I, 2) int64, height and width in pixels of the images as annotated (see `read_image`).
         starts: (I + 1,) int64, position of each image's first object, then M.
         boxes: (M, 4) float32, x0, y0, x1, y1 in pixels, inside the image and with positive area.
         labels: (M,) int64 in 0 … C−1.

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from boxteacher.data.images import check_images
+from boxteacher.data.images import check_images, stored_name
 from boxteacher.data.index import DataIndex, IndexedImage, IndexedObject, build_index, clip_box
 from boxteacher.data.masks import encode_mask
 from boxteacher.data.problems import Problem, RecordError, Severity
@@ -215,9 +215,14 @@ def _sound_images(file: _CocoFile, folder: Path) -> list[IndexedImage]:
         remedy = f"give the folder of the images of {file.path}"
         file.problems.append(Problem(folder, "", "no such folder", remedy))
         return found
+    found = [each._replace(file_name=stored_name(folder, each.file_name)) for each in found]
     problems = check_images([folder / each.file_name for each in found], [each.size for each in found])
     file.problems += filter(None, problems)
-    return [each for each, problem in zip(found, problems, strict=True) if problem is None]
+    return [
+        each
+        for each, problem in zip(found, problems, strict=True)
+        if problem is None or problem.severity == "warning"
+    ]
 
 
 def _read_image(record: _Record) -> IndexedImage:
