@@ -1,6 +1,7 @@
 """The command line: boxteacher train | recipes | evaluate | predict | convert | export | demo."""
 
 import argparse
+import io
 import json
 import logging
 import sys
@@ -18,6 +19,8 @@ _EXIT_DIVERGED = 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 for bad input, 3 for a loss that is not finite."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path that the terminal cannot show ends no command
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = vars(_parser().parse_args(argv))
     command = options.pop("command")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -133,7 +136,9 @@ def _parser() -> argparse.ArgumentParser:
 
     predict = add_command(_predict, "predict masks: images overlaid with masks, and COCO results")
     predict.add_argument("checkpoint", type=Path, help="checkpoint, such as RUN/last.pt")
-    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image file")
+    predict.add_argument(
+        "images", type=Path, nargs="+", metavar="IMAGE", help="image file, or folder of images"
+    )
     predict.add_argument("--output", type=Path, required=True, help="folder for the images and results.json")
     predict.add_argument("--score-threshold", type=float, default=0.6, help="minimum score (default: 0.6)")
     predict.add_argument("--device", default="auto", help="device: auto (default), cpu, cuda, …")

@@ -1,12 +1,14 @@
 """Items of a data set, against the content of its file."""
 
 import pickle
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
@@ -33,6 +35,53 @@ def assert_same(first: InstanceDataset, second: InstanceDataset) -> None:
     for (image, target), (other_image, other_target) in zip(first, second, strict=True):
         assert_close(image, other_image, rtol=0, atol=0)
         assert_close(target, other_target, rtol=0, atol=0)
+
+
+def test_a_box_lies_on_its_object_in_the_view_that_was_annotated(folder: Folder) -> None:
+    pixels = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
+    pixels[2:8, 4:14] = 255  # the box of the first annotation
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the upright view is turned clockwise
+    Image.fromarray(pixels).save(folder.images / "a.png", exif=exif)
+    folder.content["annotations"] = folder.content["annotations"][:1]
+    for size, box in [((HEIGHT, WIDTH), [4, 2, 14, 8]), ((WIDTH, HEIGHT), [HEIGHT - 8, 4, HEIGHT - 2, 14])]:
+        record = folder.content["images"][0]
+        record["height"], record["width"] = size
+        x0, y0, x1, y1 = box
+        folder.content["annotations"][0]["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+        image, target = folder.load()[0]
+        assert image.shape[1:] == size
+        assert target["boxes"].tolist() == [box]
+        assert image[:, y0:y1, x0:x1].min() == 1
+        assert image.sum() == 3 * 60
+
+
+def test_images_that_are_only_warned_of_stay_in_the_index(folder: Folder, caplog: Any) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for name in ("a.png", "b.jpg"):
+        Image.fromarray(folder.pixels).save(folder.images / name, exif=exif)
+    data = folder.load()
+    assert len(data) == 2
+    assert_close(data[0][0], torch.from_numpy(folder.pixels[::-1, ::-1].copy()).permute(2, 0, 1) / 255)
+    (message,) = caplog.messages  # once for all images
+    assert "turned by its EXIF orientation, 3" in message
+    assert "1 more like this" in message
+
+
+@pytest.mark.parametrize(("on_disk", "in_file"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_file_is_found_however_its_name_is_composed(folder: Folder, on_disk: str, in_file: str) -> None:
+    (folder.images / "a.png").rename(folder.images / unicodedata.normalize(on_disk, "Grünfläche.png"))
+    folder.content["images"][0]["file_name"] = unicodedata.normalize(in_file, "Grünfläche.png")
+    image, _ = folder.load()[0]
+    assert_close(image, torch.from_numpy(folder.pixels).permute(2, 0, 1) / 255)
+
+
+def test_a_file_that_was_replaced_by_one_of_another_size_is_named(folder: Folder) -> None:
+    data = folder.load()
+    Image.fromarray(folder.pixels[:, 1:]).save(folder.images / "a.png")
+    with pytest.raises(InputError, match=r"a\.png: the file is 39x24 pixels .* its record says 40x24"):
+        data[0]
 
 
 def test_an_item_has_the_image_and_the_objects_of_the_file(folder: Folder) -> None:

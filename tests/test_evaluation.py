@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,18 @@ def test_evaluate_prints_a_line_of_json_and_writes_it(run, shapes, capsys):
         assert all(0 <= value <= 100 for value in figures.values())
     assert json.loads((run / "metrics.json").read_text()) == metrics
     assert sum("Average Precision" in line for line in printed) == 12
+
+
+def test_evaluation_finds_files_however_their_names_are_composed(run, shapes, tmp_path):
+    def rename(content: dict[str, Any]) -> None:
+        for record in content["images"]:
+            record["file_name"] = unicodedata.normalize("NFC", f"ü{record['file_name']}")
+
+    data = edited(shapes, tmp_path / "data", "val", rename)
+    for path in (data / "val").iterdir():
+        path.rename(path.with_name(unicodedata.normalize("NFD", f"ü{path.name}")))
+    checkpoint = shutil.copy(run / "last.pt", tmp_path)
+    assert main(["evaluate", str(checkpoint), "--data", str(data), "--workers", "0"]) == 0
 
 
 def truth(root: Path) -> DataIndex:

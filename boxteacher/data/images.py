@@ -23,6 +23,7 @@ _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _TAIL_BYTES = 4096
 _CHUNK = 256
 _THREADS = 8
+_SUFFIXES = {".bmp", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _EXIF_ORIENTATION = 0x0112
 _IMAGE_WIDTH, _IMAGE_LENGTH = 256, 257  # tags of TIFF
 # From the upright view to the pixels as stored, for the orientations that swap width and height.
@@ -45,6 +46,32 @@ def stored_name(folder: Path, name: str) -> str:
     forms = (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
     # Not Path.exists, which raises if a form is longer than the disk's names may be.
     return next((form for form in forms if os.path.exists(folder / form)), name)
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The paths, each folder replaced by the images directly in it in the order of their names.
+
+    Hidden files are left out.
+
+    Raises:
+        InputError: a folder has no image.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path.parent / stored_name(path.parent, path.name))
+            continue
+        images = [
+            each for each in sorted(path.iterdir()) if each.suffix.lower() in _SUFFIXES and each.is_file()
+        ]
+        images = [each for each in images if not each.name.startswith(".")]
+        if not images:
+            suffixes = ", ".join(sorted(_SUFFIXES))
+            raise InputError(
+                f"{path}: no image directly in this folder ({suffixes}): give files or another folder"
+            )
+        found += images
+    return found
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
+from boxteacher.engine.fonts import FONT_SIZE, font_and_names
 from boxteacher.protocol import Detections
 
 _PALETTE = (
@@ -33,7 +34,7 @@ def draw_detections(
     Args:
         image: (3, H, W), RGB in [0, 1].
         detections: detections in this image, at this size.
-        class_names: names of labels 0 … C−1.
+        class_names: names of labels 0 … C−1 (see `font_and_names`).
         score_threshold: minimum score of the detections that are shown.
 
     Returns:
@@ -45,11 +46,13 @@ def draw_detections(
     boxes = detections["boxes"][shown].cpu()  # (K, 4)
     if len(boxes) == 0:
         return picture
+    font, names = font_and_names(tuple(class_names))
     colors = [_PALETTE[i % len(_PALETTE)] for i in range(len(boxes))]
     rows = zip(detections["labels"][shown].tolist(), detections["scores"][shown].tolist(), strict=True)
-    captions = [f"{class_names[label]} {score:.2f}" for label, score in rows]
+    captions = [f"{names[label]} {score:.2f}" for label, score in rows]
     picture = draw_segmentation_masks(picture, masks, alpha=0.5, colors=colors)
-    return draw_bounding_boxes(picture, boxes, labels=captions, colors=colors)
+    size = None if font is None else FONT_SIZE
+    return draw_bounding_boxes(picture, boxes, labels=captions, colors=colors, font=font, font_size=size)
 
 
 def write_picture(path: Path, picture: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Prediction: masks of images, overlaid on them and as COCO results."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from boxteacher.data import evaluation_transform
-from boxteacher.data.images import read_image
+from boxteacher.data.images import find_images, read_image
 from boxteacher.data.masks import decode_masks
 from boxteacher.engine.checkpoint import SegmenterInfo, load_checkpoint
 from boxteacher.engine.devices import pick_device
@@ -32,11 +33,12 @@ def predict(
     """Writes images overlaid with their masks to `output/NAME.png`, and `output/results.json`.
 
     `results.json` holds COCO results, whose `image_id` counts the images from 0 and whose `file_name` is the
-    image's path.
+    image's path. Masks and boxes are those of the upright view (see `read_image`).
 
     Args:
         checkpoint: checkpoint that `train` wrote.
-        images: image files, whose names must differ.
+        images: image files, and folders that stand for the images in them (see `find_images`); the files'
+            names must differ.
         output: folder to write to, created if missing.
         score_threshold: minimum score of the detections that are shown and written.
         device: name of the device (see `pick_device`).
@@ -47,11 +49,13 @@ def predict(
     Raises:
         InputError: the checkpoint or an image cannot be used; nothing is written.
     """
+    images = find_images(images)
     names = [image.stem for image in images]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
+        first, second, *_ = (image for image in images if image.stem == twice)
         raise InputError(
-            f"two images are named {twice!r}, so one picture would overwrite the other: use two calls"
+            f"{first} and {second} would both be drawn to {twice}.png: use two calls with two --output"
         )
     pictures = [output / f"{name}.png" for name in names]
     for path, picture in zip(images, pictures, strict=True):
@@ -86,7 +90,7 @@ def _detect(segmenter: nn.Module, image: Tensor, info: SegmenterInfo) -> Detecti
 
 
 def _boxes_and_masks(rows: list[dict[str, Any]], size: tuple[int, int]) -> Detections:
-    """Boxes (K, 4) and masks (K, 1, H, W) of COCO results, in pixels of the stored image."""
+    """Boxes (K, 4) and masks (K, 1, H, W) of COCO results, in pixels of the image."""
     counts = [row["segmentation"]["counts"].encode() for row in rows]
     boxes = torch.tensor([row["bbox"] for row in rows]).reshape(-1, 4)
     return {"boxes": box_convert(boxes, "xywh", "xyxy"), "masks": decode_masks(counts, *size)[:, None]}
