@@ -100,7 +100,8 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
             if size not in (None, stored, upright):
                 raise InputError(str(_other_size(path, upright, size)))
             white, _ = white_value(image, bits)
-            view = ImageOps.exif_transpose(image) if orientation != 1 else image
+            turned = orientation == 1 or isinstance(image, TiffImageFile)  # which PIL turns itself
+            view = image if turned else ImageOps.exif_transpose(image)
             if size not in (None, upright):
                 view = view.transpose(_TO_STORED[orientation])
             return to_rgb(view, white)
@@ -156,7 +157,7 @@ def _check_image(path: Path, size: tuple[int, int]) -> Problem | None:
 def _views(image: Image.Image, orientation: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Height and width of an image just opened, as stored and upright."""
     stored = (image.height, image.width)
-    if isinstance(image, TiffImageFile):  # recent versions of PIL give its upright size
+    if isinstance(image, TiffImageFile):  # its size in recent versions of PIL is the upright view's
         stored = (image.tag_v2[_IMAGE_LENGTH], image.tag_v2[_IMAGE_WIDTH])
     return stored, stored[::-1] if orientation in _TO_STORED else stored
 
