@@ -19,6 +19,7 @@ class SegmenterWeights:
         weights: entries by the names of the segmenter's state dict; a backbone's keep the file's names.
         description: words for messages.
         left_out: names of the file's entries that the network does not need.
+        initial: prefixes of the segmenter's entries that keep their initial values.
     """
 
     model: str | None
@@ -27,6 +28,7 @@ class SegmenterWeights:
     weights: Mapping[str, Tensor]
     description: str
     left_out: tuple[str, ...] = ()
+    initial: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

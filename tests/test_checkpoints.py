@@ -164,7 +164,8 @@ def test_another_number_of_classes_keeps_all_but_the_classifier(teacher_file, ca
     anew = {"box_head.class_logits.weight", "box_head.class_logits.bias"}
     assert all(torch.equal(entries[name], value) for name, value in whole.items() if name not in anew)
     assert len(entries["box_head.class_logits.bias"]) == 3
-    assert "has 80 classes, the data 3: its classifier (box_head.class_logits.weight, " in caplog.text
+    new = "box_head.class_logits.weight, box_head.class_logits.bias (it has 80 classes, the data 3)"
+    assert f"initialized anew: {new}" in caplog.text
     # As with ImageNet weights, the first layers and all batch norms of the backbone are frozen.
     frozen = {name for name, p in segmenter.named_parameters() if not p.requires_grad}
     assert "backbone.network.conv1.weight" in frozen

@@ -11,6 +11,7 @@ from boxteacher.adapter import InputError, SegmenterWeights
 from boxteacher_adapters.parts.backbones import build_backbone
 from boxteacher_adapters.parts.detectron2_names import in_torchvision_names, resnet_name, swin_name
 from boxteacher_adapters.parts.weight_files import read_weight_file
+from boxteacher_adapters.torchvision_detectors import recognize_detector
 
 SCALES = "box_head.scales"  # of the pyramid's levels: a number each in AdelaiDet, one vector here
 
@@ -61,8 +62,8 @@ _NOT_NEEDED = re.compile(
 
 
 def read_released(path: Path) -> SegmenterWeights | None:
-    """Reads AdelaiDet's checkpoint of CondInst, BoxInst, BoxTeacher or SOLOv2, or an ImageNet backbone in
-    detectron2's, Caffe2's or Swin's format, recognized by its entries' names.
+    """Reads AdelaiDet's checkpoint of CondInst, BoxInst, BoxTeacher or SOLOv2, a detector of torchvision, or
+    an ImageNet backbone in detectron2's, Caffe2's or Swin's format, recognized by its entries' names.
 
     Of BoxTeacher's two networks the teacher is taken, which is the better one.
 
@@ -70,7 +71,7 @@ def read_released(path: Path) -> SegmenterWeights | None:
         None for a state dict of another kind.
 
     Raises:
-        InputError: the file cannot be read, its backbone is not one that can be built here, or an ImageNet
+        InputError: the file cannot be read, its network is not one that can be built here, or an ImageNet
             backbone does not fit.
     """
     return recognize(read_weight_file(path), path)
@@ -94,7 +95,7 @@ def recognize(state: dict[str, Tensor], path: Path) -> SegmenterWeights | None:
         return _imagenet_backbone(path, own, resnet_name)
     if "patch_embed.proj.weight" in own and "layers.0.blocks.0.attn.qkv.weight" in own:
         return _imagenet_backbone(path, own, swin_name)
-    return None
+    return recognize_detector(state, path)
 
 
 def _model(

@@ -1,7 +1,7 @@
 """Mask R-CNN (ICCV 2017): torchvision's own model, as its user built it."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import (
     FeaturePyramidNetwork,
@@ -257,10 +258,14 @@ def _resized_targets(
 class _Pyramid(nn.Module):
     """A backbone with a feature pyramid of strides 4 to 64, as torchvision's detectors take it."""
 
-    def __init__(self, backbone: Backbone, channels: int) -> None:
+    def __init__(
+        self, backbone: Backbone, channels: int, norm_layer: Callable[..., nn.Module] | None = None
+    ) -> None:
         super().__init__()
         self.body = backbone
-        self.fpn = FeaturePyramidNetwork(list(backbone.channels), channels, extra_blocks=LastLevelMaxPool())
+        self.fpn = FeaturePyramidNetwork(
+            list(backbone.channels), channels, extra_blocks=LastLevelMaxPool(), norm_layer=norm_layer
+        )
         self.out_channels = channels
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -329,6 +334,46 @@ def build_mask_rcnn(
         mask_head=MaskRCNNHeads(channels, (mask_channels,) * 4, 1),
         mask_predictor=MaskRCNNPredictor(mask_channels, mask_channels, num_classes + 1),
     )
+    return _provider(model, body, mask_samples or (16 if small else 64))
+
+
+def build_mask_rcnn_v2(
+    num_classes: int,
+    *,
+    backbone: str = "resnet50",
+    weights: Weights = "imagenet",
+    image_size: int = 1333,
+    mask_samples: int = 64,
+) -> MaskRCNNProvider:
+    """Mask R-CNN as in torchvision's `maskrcnn_resnet50_fpn_v2` (Li et al., 2021, arXiv:2111.11429).
+
+    Pyramid, box head and mask head have batch norms; the box head has four convolutions and one linear layer,
+    and the head of proposals two convolutions. Images are not resized, and masks begin as filled boxes.
+
+    Args:
+        num_classes: C, without background.
+        backbone: name of the backbone; see `build_backbone`.
+        weights: weights of the backbone; see `build_backbone`.
+        image_size: longest side of the images in pixels; the network is the same for all.
+        mask_samples: maximum number of masks per image in training; `max_samples` of `MaskRCNNProvider`.
+
+    Raises:
+        InputError: the backbone is unknown, or its weights cannot be had or do not fit.
+    """
+    body = build_backbone(backbone, weights, strides=(4, 8, 16, 32))
+    channels, norm = 256, nn.BatchNorm2d
+    model = MaskRCNN(
+        _Pyramid(body, channels, norm),
+        num_classes + 1,
+        rpn_head=RPNHead(channels, 3, conv_depth=2),
+        box_head=FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [1024], norm_layer=norm),
+        mask_head=MaskRCNNHeads(channels, [channels] * 4, 1, norm_layer=norm),
+    )
+    return _provider(model, body, mask_samples)
+
+
+def _provider(model: MaskRCNN, body: Backbone, mask_samples: int) -> MaskRCNNProvider:
+    """A model with images in their size, and with masks that begin as filled boxes."""
     model.transform = _Unresized(body.preprocessing)
     # Masks begin as filled boxes. An outline has the same projections as an object, and cells on an edge have
     # no neighbor of similar color; torchvision's wide initial weights make the strongest edges the first
@@ -336,6 +381,4 @@ def build_mask_rcnn(
     mask_logits = model.roi_heads.mask_predictor.mask_fcn_logits
     nn.init.normal_(mask_logits.weight, std=0.01)
     nn.init.constant_(mask_logits.bias, _INITIAL_LOGIT)
-    if mask_samples is None:
-        mask_samples = 16 if small else 64
     return MaskRCNNProvider(model, max_samples=mask_samples)

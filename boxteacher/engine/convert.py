@@ -42,6 +42,11 @@ def convert(source: Path, destination: Path) -> str:
     if released.model is None:
         write_atomically(destination, lambda path: torch.save(released.weights, path))
         use = f"use it as --weights with --backbone {released.backbone}"
+    elif released.initial:
+        raise InputError(
+            f"{source}: is {released.description}, which has no masks for {released.model}: give it to "
+            "`boxteacher train --weights`"
+        )
     else:
         _write_segmenter(released.model, released, source, destination)
         use = "evaluate it, or use it as --weights"

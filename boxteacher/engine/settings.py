@@ -20,14 +20,17 @@ class TrainSettings:
         InputError: a value is of another type or out of range; the message names option, value and range.
     """
 
-    model: str = option(help="segmenter: condinst, solov2, mask2former, mask_rcnn, or another package's")
+    model: str = option(
+        help="segmenter: condinst, solov2, mask2former, mask_rcnn, mask_rcnn_v2, or another package's"
+    )
     data: Path = option(help="folder with annotations/ (COCO format) and the images")
     output: Path = option(help="folder of the run", default_text="runs/RECIPE with --recipe")
     backbone: str = option("resnet50", help="name of the backbone")
-    weights: Path | Literal["imagenet", "none"] = option(
+    weights: Path | Literal["imagenet", "coco", "none"] = option(
         "imagenet",
-        help="initial weights: a file of the backbone or the whole model, ImageNet weights, or none",
-        metavar="FILE|imagenet|none",
+        help="initial weights: a file of the backbone or the whole model, ImageNet weights of the backbone, "
+        "those of a detector trained on COCO, or none",
+        metavar="FILE|imagenet|coco|none",
     )
     supervision: Literal["teacher", "box", "mask"] = option(
         "teacher",

@@ -16,6 +16,7 @@ from boxteacher.state_dicts import SegmenterWeights, compare_states
 logger = logging.getLogger(__name__)
 
 GROUP = "boxteacher.checkpoints"
+COCO_GROUP = "boxteacher.coco"
 
 
 def read_released(path: Path) -> SegmenterWeights | None:
@@ -39,16 +40,21 @@ def build_with_weights(
     num_classes: int,
     *,
     backbone: str,
-    weights: Path | Literal["imagenet", "none"],
+    weights: Path | Literal["imagenet", "coco", "none"],
+    image_size: int,
     **options: Any,
 ) -> nn.Module:
-    """`build_segmenter`, where `weights` may also be a file with the weights of a whole segmenter.
+    """`build_segmenter`, where `weights` may also be those of a whole segmenter or of a detector.
 
-    If their number of classes differs, the classifier is not loaded.
+    They are in a file, or "coco" downloads a detector trained on COCO. What a detector lacks keeps its
+    initial values, and so does the classifier if the numbers of classes differ.
 
     Raises:
-        InputError: as `build_segmenter`, or the file holds another segmenter.
+        InputError: as `build_segmenter`, the file holds another segmenter, or there are no weights from COCO.
     """
+    options["image_size"] = image_size
+    if weights == "coco":
+        weights = _coco_file(name, backbone, image_size)
     if not isinstance(weights, Path) or (whole := _read_segmenter(weights)) is None:
         return build_segmenter(name, num_classes, backbone=backbone, weights=weights, **options)
     if (whole.model, whole.backbone) != (name, backbone):
@@ -58,19 +64,29 @@ def build_with_weights(
         )
     segmenter = build_segmenter(name, num_classes, backbone=backbone, weights="none", **options)
     left_out = fill(segmenter, num_classes, whole, weights)
-    freeze = getattr(getattr(segmenter, "backbone", None), "freeze", None)
-    if freeze is not None:  # as with ImageNet weights
-        freeze()
+    for module in segmenter.modules():
+        if callable(freeze := getattr(module, "freeze", None)):  # a backbone, as with ImageNet weights
+            freeze()
     logger.info("loaded %s: %s", weights, whole.description)
-    if left_out:
+    if anew := [prefix.rstrip(".") for prefix in whole.initial] + left_out:
         logger.info(
-            "%s has %d classes, the data %d: its classifier (%s) is not loaded but initialized anew",
-            weights,
-            whole.num_classes,
-            num_classes,
-            ", ".join(left_out),
+            "not loaded from it but initialized anew: %s%s",
+            ", ".join(anew),
+            f" (it has {whole.num_classes} classes, the data {num_classes})" if left_out else "",
         )
     return segmenter
+
+
+def _coco_file(name: str, backbone: str, image_size: int) -> Path:
+    """The file of a detector trained on COCO that a package registered for the segmenter."""
+    found = entry_points(group=COCO_GROUP)
+    if name not in found.names:
+        raise InputError(
+            f"there are no COCO weights for {name}: take --model {' or '.join(sorted(found.names))}, or give "
+            "--weights imagenet, none or a file"
+        )
+    file: Path = found[name].load()(backbone, image_size)
+    return file
 
 
 def _read_segmenter(path: Path) -> SegmenterWeights | None:
@@ -104,6 +120,7 @@ def fill(segmenter: nn.Module, num_classes: int, given: SegmenterWeights, path: 
     wanted = segmenter.state_dict()
     required = {name for name, _ in segmenter.named_parameters()}
     required |= {name for name in wanted if name.endswith(("running_mean", "running_var"))}
+    required = {name for name in required if not name.startswith(given.initial)}
     difference = compare_states(wanted, given.weights, optional=lambda name: name not in required)
     classifier = [
         name
@@ -117,7 +134,7 @@ def fill(segmenter: nn.Module, num_classes: int, given: SegmenterWeights, path: 
     if difference:
         raise InputError(
             f"weights {path} look like {given.description}, but entries do not fit: {difference}; copy the "
-            "file again, or give the --image-size that the network was built for"
+            "file again, or give the --image-size that the network was built for, above 512 for released ones"
         )
     fitting = {name: value for name, value in given.weights.items() if name not in classifier}
     segmenter.load_state_dict(fitting, strict=False)

@@ -1,6 +1,7 @@
 """A network, its ImageNet weights (from a file, or downloaded once) and their preprocessing."""
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,14 +103,24 @@ def _downloaded(described: PretrainedNetwork, name: str) -> dict[str, Tensor]:
 
 def weights_at(url: str) -> dict[str, Tensor]:
     """The weights in the file at a URL, which is kept in torch's download cache."""
+    return read_weight_file(file_at(url))
+
+
+def file_at(url: str) -> Path:
+    """The file of a URL, which is kept in torch's download cache.
+
+    Raises:
+        OSError: the file cannot be downloaded.
+    """
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
+        checksum = re.search(r"-([0-9a-f]{8})\.pth$", url)  # in the names of torchvision's files
         try:
-            torch.hub.download_url_to_file(url, str(file))
-        except OSError as error:
+            torch.hub.download_url_to_file(url, str(file), hash_prefix=checksum and checksum[1])
+        except (OSError, RuntimeError) as error:  # RuntimeError: another checksum
             raise OSError(f"{url} to {file}: {error}") from error
-    return read_weight_file(file)
+    return file
 
 
 def _first_line(error: Exception) -> str:
