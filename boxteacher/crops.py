@@ -1,7 +1,7 @@
 """Square crops round boxes: maps of any stride are sampled into them, and masks are pasted back from them.
 
-A crop has `CROP_SIZE` cells on each side and covers `CROP_CONTEXT` times its box, so that work and memory do not
-depend on the size of an object. Coordinates are continuous: the pixel in row r covers r … r + 1.
+A crop has `CROP_SIZE` cells on each side and covers `CROP_CONTEXT` times its box, so that work and memory do
+not depend on the size of an object. Coordinates are continuous: the pixel in row r covers r … r + 1.
 """
 
 from collections.abc import Sequence

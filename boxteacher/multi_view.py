@@ -26,7 +26,7 @@ class MultiViewTeacher(EMATeacher):
     `EMATeacher`, as released, takes what the network detects and assigns it to the boxes. Here nothing is
     detected: the box is known, so the network is asked for the mask of that box (`Candidates.decode_boxes`),
     at several scales and mirrored. The mean of the views is fitted to the colors of the image (see
-    `boxteacher.refinement`). It costs several forward passes, so it is meant to speak now and then, in rounds.
+    `boxteacher.refinement`). It costs several forward passes, so it is made for rounds, not for every step.
 
     Args:
         segmenter: model that follows `PseudoMaskProvider`, or whose type has a registered adapter; it is

@@ -1,10 +1,10 @@
 """Color refinement: masks are fitted to the colors of the image, on a crop round each box.
 
-Nothing is trained, so any segmenter's detections can pass through it, and pseudo masks too. Each pixel of a crop
-has a unary term, the mask's own logit plus the log ratio of two color histograms (of the mask, and of what
-lies outside the box), and is drawn to its neighbors of similar color by mean-field steps, as in GrabCut
-(Rother et al., SIGGRAPH 2004) and dense CRFs (Krähenbühl and Koltun, NeurIPS 2011). The colors count as far as
-the two histograms differ. Colors outside the box are surely background, however wrong the mask is.
+Nothing is trained, so any segmenter's detections can pass through it, and pseudo masks too. Each cell of a
+crop has a unary term, the mask's own logit plus the log ratio of two color histograms (of the mask, and of
+what lies outside the box), and is drawn to its neighbors of similar color by mean-field steps, as in GrabCut
+(Rother et al., SIGGRAPH 2004) and dense CRFs (Krähenbühl and Koltun, NeurIPS 2011). The colors count as far
+as the two histograms differ. Colors outside the box are surely background, however wrong the mask is.
 """
 
 from collections.abc import Sequence
@@ -137,7 +137,7 @@ def _color_bins(lab: Tensor, in_image: Tensor) -> Tensor:
 
 
 def _histogram(bins: Tensor, weights: Tensor) -> Tensor:
-    """Shares (N, bins³) of weights (N, S, S) by color, smoothed by 1, 2, 1 along each axis; 0 without weight."""
+    """Shares (N, bins³) of weights (N, S, S) by color, smoothed by 1, 2, 1 along each axis; 0 for none."""
     counts = weights.new_zeros(len(bins), _BINS**3).scatter_add_(1, bins, weights.flatten(1))
     cube = counts.unflatten(1, (_BINS, _BINS, _BINS))
     for axis in (1, 2, 3):

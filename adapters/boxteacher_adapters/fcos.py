@@ -194,8 +194,8 @@ def best_locations(
 ) -> tuple[Tensor, Tensor]:
     """The location (T,) that predicts each known box best, and its score (T,) in [0, 1].
 
-    The score is √(class · centerness) times the IoU of the predicted box. Locations that would be positive for
-    the box come before all others, which serve a box between the locations' centers.
+    The score is √(class · centerness) times the IoU of the predicted box. Locations that would be positive
+    for the box come first; the others serve a box that lies between the locations' centers.
 
     Args:
         predictions: of B images at L locations.

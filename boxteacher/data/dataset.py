@@ -21,8 +21,8 @@ class InstanceDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
     An item is the image, float32 (3, H, W) RGB in [0, 1], and a dict of `boxes` float32 (N, 4) as x0, y0,
     x1, y1 in pixels of that image, `labels` int64 (N,) in 0 … C−1, `annotation_ids` int64 (N,), `image_id`,
     and `ignored_bottom_rows` in rows of that image. If the index has masks, there are `masks` bool (N, H, W)
-    too, `has_mask` bool (N,) in images where only some objects have one, and `mask_confidence` float32 (N,) if
-    the index has it. All tensors are plain ones.
+    too, `has_mask` bool (N,) in images where only some objects have one, and `mask_confidence` float32 (N,)
+    if the index has it. All tensors are plain ones.
 
     Args:
         index: images and objects of the data set.

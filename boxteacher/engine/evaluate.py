@@ -13,7 +13,7 @@ import torch
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
@@ -167,8 +167,7 @@ def coco_evaluation(index: DataIndex, results: list[dict[str, Any]]) -> Evaluati
         results: COCO results, as `coco_results` returns them.
     """
     tables: list[str] = []
-    metrics: Refinement = Literal["color", "none"]
-Metrics = {"segm": None, "bbox": None}
+    metrics: Metrics = {"segm": None, "bbox": None}
     if index.masks is None:
         logger.warning("%s: no object has a mask: only boxes are evaluated", index.annotations)
     elif missing := sum(

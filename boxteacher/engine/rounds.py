@@ -1,4 +1,4 @@
-"""Rounds: now and then the teacher predicts pseudo masks of all training images, which are kept until the next."""
+"""Rounds: the teacher predicts pseudo masks of all training images, which are kept until the next round."""
 
 import logging
 from dataclasses import replace

@@ -1,9 +1,9 @@
-"""Renders a data set of many small touching objects of one class: cells of similar colors on a mottled ground.
+"""Renders a data set of many small touching objects of one class: cells of one color on a mottled ground.
 
     python -m tests.benchmarks.cells DIR
 
-80 training and 20 validation images of 256 × 256 pixels in COCO format, about 40 objects each, 14 to 30 pixels
-in diameter.
+80 training and 20 validation images of 256 × 256 pixels in COCO format, about 50 objects each, 14 to 30
+pixels in diameter.
 """
 
 import argparse
