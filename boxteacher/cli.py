@@ -134,6 +134,9 @@ def _parser() -> argparse.ArgumentParser:
         "--workers", type=_at_least(0), default=2, help="number of processes that load images (default: 2)"
     )
 
+    refinement_help = "refinement of masks: color or none (default: as the run was made with)"
+    evaluate.add_argument("--refinement", choices=("color", "none"), help=refinement_help)
+
     predict = add_command(_predict, "predict masks: images overlaid with masks, and COCO results")
     predict.add_argument("checkpoint", type=Path, help="checkpoint, such as RUN/last.pt")
     predict.add_argument(
@@ -142,6 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--output", type=Path, required=True, help="folder for the images and results.json")
     predict.add_argument("--score-threshold", type=float, default=0.6, help="minimum score (default: 0.6)")
     predict.add_argument("--device", default="auto", help="device: auto (default), cpu, cuda, …")
+
+    predict.add_argument("--refinement", choices=("color", "none"), help=refinement_help)
 
     convert = add_command(_convert, "convert released weights to a checkpoint")
     convert.add_argument("source", type=Path, metavar="IN", help="released weights, .pth or .pkl")

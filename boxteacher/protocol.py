@@ -40,6 +40,13 @@ both. Labels are as the targets have them, unchecked.
 """
 
 
+BoxDecoder = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Decodes mask logits (T, h, w) on the mask grid for known boxes (T, 4), labels (T,) and image index (T,).
+
+It also returns how sure the network is that such an object is there, (T,) in [0, 1]. Every box gets a mask.
+"""
+
+
 @dataclass(frozen=True)
 class Candidates:
     """What a teacher proposes for a batch, all images' candidates in one list.
@@ -51,6 +58,9 @@ class Candidates:
         image_index: (K,) int64, position of the candidate's image in the batch.
         decode_masks: decoder of some of the candidates' masks. A training step calls it at most once,
             `own_masks` calls it any number of times, so it must not change any state.
+        decode_boxes: decoder of the masks of known boxes, from wherever the network would predict them
+            (CondInst: the best positive location); optional. Without it `MultiViewTeacher` decodes the
+            candidate that overlaps a box best.
     """
 
     boxes: Tensor
@@ -58,6 +68,7 @@ class Candidates:
     labels: Tensor
     image_index: Tensor
     decode_masks: MaskDecoder
+    decode_boxes: BoxDecoder | None = None
 
     def own_masks(self, indices: Tensor) -> Tensor:
         """Mask logits (M, h, w) of candidates (M,) int64, each in its own box and for its own label."""

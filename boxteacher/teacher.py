@@ -56,7 +56,8 @@ class BoxTeacher(TrainingWrapper):
         pseudo_warmup_steps: optimizer steps until the two losses from pseudo masks have their full weight;
             `warmup_steps` if not given.
         teacher_interval: number of optimizer steps from one run of the teacher to the next; in between, masks
-            learn from boxes, colors and annotated masks alone.
+            learn from boxes, colors and the masks of the targets alone. 0 for never: pseudo masks are
+            predicted between steps, and come as masks of the targets with their `mask_confidence`.
         inference: network that evaluation uses, "teacher" or "student"; always the student with a source that
             is not the student's average.
 
@@ -87,7 +88,7 @@ class BoxTeacher(TrainingWrapper):
         check_range("affinity_weight", affinity_weight, minimum=0)
         check_range("warmup_steps", warmup_steps, minimum=0)
         check_range("pseudo_warmup_steps", pseudo_warmup_steps, minimum=0)
-        check_whole("teacher_interval", teacher_interval, minimum=1)
+        check_whole("teacher_interval", teacher_interval, minimum=0)
         check_choice("inference", inference, ("teacher", "student"))
         self.teacher: PseudoMaskSource = EMATeacher(self.student) if teacher is None else teacher
         check_source(self.teacher, self.student)
@@ -131,7 +132,8 @@ class BoxTeacher(TrainingWrapper):
         # The teacher sees the images as they are: a mask and a confidence for each box (Sec. 3.2). Annotated
         # masks take the place of pseudo masks.
         masks, confidence = truth.masks, truth.mask_confidence  # (T, h, w), (T,)
-        if len(truth.boxes) and self.optimizer_steps % self.teacher_interval == 0:
+        speaks = self.teacher_interval and self.optimizer_steps % self.teacher_interval == 0
+        if len(truth.boxes) and speaks:
             with torch.no_grad():
                 pseudo = self.teacher(images, targets, grid)
                 check_pseudo_masks(self.teacher, pseudo, tuple(masks.shape))

@@ -29,6 +29,7 @@ from boxteacher_adapters.fcos import (
     DensePredictions,
     FCOSHead,
     Locations,
+    best_locations,
     fcos_losses,
     match_locations,
     pyramid_locations,
@@ -106,7 +107,15 @@ class CondInst(Segmenter):
         def decode_masks(candidates: Tensor, _boxes: Tensor, _labels: Tensor) -> Tensor:
             return self._masks(features, found.image_index[candidates], found.location[candidates])
 
-        return Candidates(found.boxes, found.scores, found.labels, found.image_index, decode_masks)
+        def decode_boxes(boxes: Tensor, labels: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
+            location, score = best_locations(
+                features.predictions, features.locations, boxes, labels, image_index, self.level_sizes
+            )
+            return self._masks(features, image_index, location), score
+
+        return Candidates(
+            found.boxes, found.scores, found.labels, found.image_index, decode_masks, decode_boxes
+        )
 
     def forward_student(self, images: list[Tensor], targets: list[Target]) -> StudentOutput:
         """FCOS's losses, and the masks of positive locations, at most `max_samples` per image."""

@@ -149,20 +149,12 @@ def match_locations(
             last.
         num_classes: C, the label of background.
     """
-    bounds = locations.centers.new_tensor([-1.0, *level_sizes, math.inf])
-    lower, upper = bounds[locations.level][:, None], bounds[locations.level + 1][:, None]  # (L, 1)
-    radius = (_CENTER_RADIUS * locations.stride)[:, None]  # (L, 1)
-    points = locations.centers[:, None]  # (L, 1, 2)
     index, labels, distances = [], [], []
     first = 0
     for target in targets:
         boxes = target["boxes"].float()  # (N, 4)
         count = len(boxes)
-        sides = torch.cat([points - boxes[:, :2], boxes[:, 2:] - points], 2)  # (L, N, 4) in pixels
-        farthest = sides.amax(2)  # (L, N)
-        offset = (points - (boxes[:, :2] + boxes[:, 2:]) / 2).abs().amax(2)  # (L, N)
-        inside = (sides.amin(2) > 0) & (offset < radius)
-        positive = inside & (farthest >= lower) & (farthest <= upper)
+        sides, positive = _positive_locations(locations, boxes, level_sizes)  # (L, N, 4), (L, N)
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])  # (N,)
         # A last column, larger than any box, is the background's, so that images without boxes work too.
         areas = F.pad(torch.where(positive, area, math.inf), (0, 1), value=torch.finfo(area.dtype).max)
@@ -175,6 +167,56 @@ def match_locations(
         distances.append(chosen_sides / locations.stride[:, None])
         first += count
     return DenseTargets(torch.stack(index), torch.stack(labels), torch.stack(distances))
+
+
+def _positive_locations(
+    locations: Locations, boxes: Tensor, level_sizes: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Distances (L, N, 4) in pixels from L locations to the sides of boxes (N, 4), and which are positive."""
+    bounds = locations.centers.new_tensor([-1.0, *level_sizes, math.inf])
+    lower, upper = bounds[locations.level][:, None], bounds[locations.level + 1][:, None]  # (L, 1)
+    radius = (_CENTER_RADIUS * locations.stride)[:, None]  # (L, 1)
+    points = locations.centers[:, None]  # (L, 1, 2)
+    sides = torch.cat([points - boxes[:, :2], boxes[:, 2:] - points], 2)  # (L, N, 4)
+    farthest = sides.amax(2)  # (L, N)
+    offset = (points - (boxes[:, :2] + boxes[:, 2:]) / 2).abs().amax(2)  # (L, N)
+    inside = (sides.amin(2) > 0) & (offset < radius)
+    return sides, inside & (farthest >= lower) & (farthest <= upper)
+
+
+def best_locations(
+    predictions: DensePredictions,
+    locations: Locations,
+    boxes: Tensor,
+    labels: Tensor,
+    image_index: Tensor,
+    level_sizes: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """The location (T,) that predicts each known box best, and its score (T,) in [0, 1].
+
+    The score is √(class · centerness) times the IoU of the predicted box. Locations that would be positive
+    for the box come first; the others serve a box that lies between the locations' centers.
+
+    Args:
+        predictions: of B images at L locations.
+        locations: L of them.
+        boxes: (T, 4) in pixels.
+        labels: (T,) int64.
+        image_index: (T,) int64.
+        level_sizes: as in `match_locations`.
+    """
+    sides, positive = _positive_locations(locations, boxes, level_sizes)  # (L, T, 4), (L, T)
+    predicted = predictions.distances[image_index].float() * locations.stride[:, None]  # (T, L, 4)
+    actual = sides.transpose(0, 1)  # (T, L, 4)
+    intersection = _area(torch.minimum(predicted, actual))
+    union = _area(predicted) + _area(actual) - intersection  # (T, L)
+    # Labels out of range are named by forward_student, which comes after.
+    label = labels.clamp(0, predictions.class_logits.shape[-1] - 1)
+    own_class = predictions.class_logits[image_index, :, label].float().sigmoid()  # (T, L)
+    centerness = predictions.centerness[image_index].float().sigmoid()
+    score = (own_class * centerness).sqrt() * intersection / union.clamp(min=1e-6)  # (T, L)
+    best = (score + positive.T).argmax(1)  # (T,)
+    return best, score.gather(1, best[:, None])[:, 0].clamp(0, 1)
 
 
 @torch.no_grad()
@@ -248,8 +290,8 @@ def giou_loss(distances: Tensor, targets: Tensor) -> Tensor:
 
 
 def _area(distances: Tensor) -> Tensor:
-    left, top, right, bottom = distances.unbind(1)
-    return (left + right) * (top + bottom)
+    left, top, right, bottom = distances.unbind(-1)
+    return (left + right).clamp(min=0) * (top + bottom).clamp(min=0)
 
 
 @dataclass(frozen=True)

@@ -107,12 +107,25 @@ class MaskRCNNProvider(Segmenter):
 
         def decode_masks(candidates: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
             image = image_index[candidates]  # (M,)
-            # A target's label may be out of range; forward_student, which comes after, says so.
-            channels = labels.clamp(0, self.num_classes - 1) + 1
-            logits = self._mask_logits(inputs, boxes / inputs.scales[image], image, channels)
+            logits = self._mask_logits(inputs, boxes / inputs.scales[image], image, self._channels(labels))
             return paste_on_grid(logits, boxes, boxes, grid)
 
-        return Candidates(original_boxes, torch.cat(scores), torch.cat(labels) - 1, image_index, decode_masks)
+        def decode_boxes(boxes: Tensor, labels: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+            resized, channels = boxes / inputs.scales[image], self._channels(labels)
+            by_image, place = _split_by_image(resized, image, len(images))
+            class_logits, _ = self._boxes(inputs, by_image)
+            scores = class_logits[place].softmax(1).gather(1, channels[:, None])[:, 0]  # (T,)
+            logits = self._mask_logits(inputs, resized, image, channels)
+            return paste_on_grid(logits, boxes, boxes, grid), scores
+
+        return Candidates(
+            original_boxes,
+            torch.cat(scores),
+            torch.cat(labels) - 1,
+            image_index,
+            decode_masks,
+            decode_boxes,
+        )
 
     def forward_student(self, images: list[Tensor], targets: list[Target]) -> StudentOutput:
         """torchvision's four losses, and the masks of positive proposals, at most `max_samples` per image.
@@ -178,14 +191,14 @@ class MaskRCNNProvider(Segmenter):
     def _mask_logits(self, inputs: _Inputs, boxes: Tensor, image: Tensor, label: Tensor) -> Tensor:
         """Mask logits (M, r, r) of resized boxes (M, 4) for torchvision's labels (M,)."""
         heads = self.model.roi_heads
-        order = image.argsort(stable=True)  # the pooling takes each image's boxes together
-        counts = torch.bincount(image, minlength=len(inputs.scales)).tolist()
-        pooled = heads.mask_roi_pool(
-            inputs.features, list(boxes[order].split(counts)), inputs.images.image_sizes
-        )
+        by_image, place = _split_by_image(boxes, image, len(inputs.scales))
+        pooled = heads.mask_roi_pool(inputs.features, by_image, inputs.images.image_sizes)
         logits = heads.mask_predictor(heads.mask_head(pooled))  # (M, C + 1, r, r)
-        logits = logits[torch.arange(len(order), device=order.device), label[order]]
-        return logits[order.argsort()]
+        return logits[place, label]
+
+    def _channels(self, labels: Tensor) -> Tensor:
+        """torchvision's labels of targets; forward_student, which comes after, names those out of range."""
+        return labels.clamp(0, self.num_classes - 1) + 1
 
 
 def paste_on_grid(logits: Tensor, boxes: Tensor, reach: Tensor, grid: MaskGrid) -> Tensor:
@@ -228,6 +241,13 @@ def _bilinear_weights(span: Tensor, reach: Tensor, pixels: Tensor, size: int) ->
     cell = torch.arange(size, device=span.device)
     weights = (1 - (position.clamp(0, size - 1)[..., None] - cell).abs()).clamp(min=0)  # (M, n, size)
     return weights * inside[..., None]
+
+
+def _split_by_image(boxes: Tensor, image: Tensor, count: int) -> tuple[list[Tensor], Tensor]:
+    """Boxes (M, 4) of images (M,) as one list per image, and each one's place (M,) in them end to end."""
+    order = image.argsort(stable=True)
+    counts = torch.bincount(image, minlength=count).tolist()
+    return list(boxes[order].split(counts)), order.argsort()
 
 
 def _image_index(boxes: Sequence[Tensor]) -> Tensor:

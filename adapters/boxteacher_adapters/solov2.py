@@ -32,7 +32,13 @@ from boxteacher_adapters.solov2_masks import (
     predict_masks,
     select_objects,
 )
-from boxteacher_adapters.solov2_targets import category_loss, grid_cells, match_cells, sample_positives
+from boxteacher_adapters.solov2_targets import (
+    best_cells,
+    category_loss,
+    grid_cells,
+    match_cells,
+    sample_positives,
+)
 
 SIZE_RANGES = ((1, 96), (48, 192), (96, 384), (192, 768), (384, math.inf))
 """Minimum and maximum √area in pixels of the boxes of each level, in images of 1333 pixels."""
@@ -98,7 +104,7 @@ class SOLOv2(Segmenter):
 
     def detect(self, images: Sequence[Tensor]) -> list[Detections]:
         """Detections of images (3, H_i, W_i), with mask probabilities (K, 1, H_i, W_i)."""
-        found = self._select(images, _DETECTION)
+        found = _select(self._features(images), _DETECTION)
         return [
             _detections_of_image(found.only(found.image_index == i), image.shape[-2:])
             for i, image in enumerate(images)
@@ -106,7 +112,8 @@ class SOLOv2(Segmenter):
 
     def forward_teacher(self, images: list[Tensor]) -> Candidates:
         """The best objects after matrix NMS, whatever their scores; their boxes are those of their masks."""
-        found = self._select(images, _PROPOSAL)
+        features = self._features(images)
+        found = _select(features, _PROPOSAL)
         sizes = torch.tensor([image.shape[-2:] for image in images], device=found.logits.device)  # (B, 2)
         boxes = mask_boxes_in_images(found.logits > 0, sizes[found.image_index], self.mask_stride)  # (K, 4)
         inside = (boxes[:, 2] > boxes[:, 0]).nonzero()[:, 0]  # not wholly in the padding
@@ -115,7 +122,23 @@ class SOLOv2(Segmenter):
         def decode_masks(candidates: Tensor, _boxes: Tensor, _labels: Tensor) -> Tensor:
             return centers_to_grid(found.logits[candidates], self.mask_stride)
 
-        return Candidates(boxes, found.class_scores, found.labels, found.image_index, decode_masks)
+        def decode_boxes(boxes: Tensor, labels: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
+            cells = grid_cells(self.grids, self.size_ranges, boxes.device)
+            height, width = features.mask_features.shape[-2:]
+            cell, score = best_cells(
+                cells,
+                flatten_levels(features.category_maps),
+                boxes,
+                labels,
+                image_index,
+                (height * self.mask_stride, width * self.mask_stride),
+            )
+            logits = predict_masks(features.mask_features, image_index, features.kernels[image_index, cell])
+            return centers_to_grid(logits, self.mask_stride), score
+
+        return Candidates(
+            boxes, found.class_scores, found.labels, found.image_index, decode_masks, decode_boxes
+        )
 
     def forward_student(self, images: list[Tensor], targets: list[Target]) -> StudentOutput:
         """The category loss, and the masks of positive cells, at most `max_samples` per image."""
@@ -143,9 +166,9 @@ class SOLOv2(Segmenter):
         category_maps, kernel_maps = self.head(pyramid)
         return _Features(category_maps, flatten_levels(kernel_maps), self.mask_branch(pyramid[:4]))
 
-    def _select(self, images: Sequence[Tensor], selection: Selection) -> Objects:
-        features = self._features(images)
-        return select_objects(features.category_maps, features.kernels, features.mask_features, selection)
+
+def _select(features: _Features, selection: Selection) -> Objects:
+    return select_objects(features.category_maps, features.kernels, features.mask_features, selection)
 
 
 def _detections_of_image(found: Objects, size: Sequence[int]) -> Detections:

@@ -81,23 +81,52 @@ def match_cells(
         num_classes: C, the label of background.
     """
     boxes, labels, image_index = flat_targets(targets)  # (T, 4), (T,), (T,)
-    boxes = boxes.float()
-    size = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0)  # (T, 2)
-    root_area = size.prod(1).sqrt()[:, None]  # (T, 1)
-    center = (boxes[:, :2] + boxes[:, 2:] - 1) / 2  # (T, 2) x, y of the middle pixel
-    reach = size * (_CENTER_SIZE / 2)  # (T, 2)
-    positive = (
-        (root_area >= cells.min_size)
-        & (root_area <= cells.max_size)
-        & _near(cells.column, cells.grid, center[:, :1], reach[:, :1], padded_size[1])
-        & _near(cells.row, cells.grid, center[:, 1:], reach[:, 1:], padded_size[0])
-    )  # (T, S)
+    positive = _positive_cells(cells, boxes.float(), padded_size)  # (T, S)
 
     order = torch.arange(len(boxes), device=boxes.device)[:, None]  # (T, 1)
     last = torch.full((len(targets), len(cells.row)), -1, device=boxes.device).scatter_reduce(
         0, image_index[:, None].expand_as(positive), torch.where(positive, order, -1), "amax"
     )  # (B, S) index of the last target; −1 for none, which finds background's label at the end
     return GridMatches(positive, image_index, labels, F.pad(labels, (0, 1), value=num_classes)[last])
+
+
+def best_cells(
+    cells: GridCells,
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    image_index: Tensor,
+    padded_size: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """The cell (T,) that predicts each known box best, and its probability (T,) of the box's class.
+
+    Args:
+        cells: S of them.
+        logits: (B, S, C) of the classes.
+        boxes: (T, 4) in pixels.
+        labels: (T,) int64.
+        image_index: (T,) int64.
+        padded_size: height and width in pixels of the padded batch.
+    """
+    label = labels.clamp(0, logits.shape[-1] - 1)  # forward_student, which comes after, names those beyond
+    probability = logits[image_index, :, label].float().sigmoid()  # (T, S)
+    positive = _positive_cells(cells, boxes.float(), padded_size)
+    best = (probability + positive).argmax(1)  # (T,)
+    return best, probability.gather(1, best[:, None])[:, 0]
+
+
+def _positive_cells(cells: GridCells, boxes: Tensor, padded_size: tuple[int, int]) -> Tensor:
+    """Cells around the centers of boxes (T, 4), on the levels of their size: (T, S) bool."""
+    size = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0)  # (T, 2)
+    root_area = size.prod(1).sqrt()[:, None]  # (T, 1)
+    center = (boxes[:, :2] + boxes[:, 2:] - 1) / 2  # (T, 2) x, y of the middle pixel
+    reach = size * (_CENTER_SIZE / 2)  # (T, 2)
+    return (
+        (root_area >= cells.min_size)
+        & (root_area <= cells.max_size)
+        & _near(cells.column, cells.grid, center[:, :1], reach[:, :1], padded_size[1])
+        & _near(cells.row, cells.grid, center[:, 1:], reach[:, 1:], padded_size[0])
+    )
 
 
 def _near(cell: Tensor, grid: Tensor, center: Tensor, reach: Tensor, length: int) -> Tensor:

@@ -21,7 +21,8 @@ class InstanceDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
     An item is the image, float32 (3, H, W) RGB in [0, 1], and a dict of `boxes` float32 (N, 4) as x0, y0,
     x1, y1 in pixels of that image, `labels` int64 (N,) in 0 … C−1, `annotation_ids` int64 (N,), `image_id`,
     and `ignored_bottom_rows` in rows of that image. If the index has masks, there are `masks` bool (N, H, W)
-    too, and `has_mask` bool (N,) in images where only some objects have one. All tensors are plain ones.
+    too, `has_mask` bool (N,) in images where only some objects have one, and `mask_confidence` float32 (N,)
+    if the index has it. All tensors are plain ones.
 
     Args:
         index: images and objects of the data set.
@@ -76,6 +77,8 @@ class InstanceDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
             target["masks"] = tv_tensors.Mask(masks)
             if not has_mask.all():
                 target["has_mask"] = has_mask
+            if index.mask_confidence is not None:
+                target["mask_confidence"] = torch.from_numpy(index.mask_confidence[objects])  # (N,)
         image: Tensor = tv_tensors.Image(read_image(index.image_path(i), (height, width)))
         if self.transform is not None:
             image, target = self.transform(image, target)

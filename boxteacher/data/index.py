@@ -34,6 +34,8 @@ class DataIndex:
         area: (M,) float64 in pixels, as annotated, or else of the box.
         masks: counts of a compressed RLE (see `encode_mask`) of each object, None for an object without mask;
             None if masks were not read, or only crowds have one.
+        mask_confidence: (M,) float32 in [0, 1], how far each mask is to be trusted; None if all are
+            annotated.
         is_coco: whether the files are named as in COCO's release.
     """
 
@@ -52,6 +54,7 @@ class DataIndex:
     area: NDArray[np.float64]
     masks: list[bytes | None] | None
     is_coco: bool = False
+    mask_confidence: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         """Number of images, those without objects included."""

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _MIN_RING = 6  # numbers: three points
@@ -40,6 +41,16 @@ def decode_masks(counts: Sequence[bytes], height: int, width: int) -> Tensor:
         return torch.zeros((0, height, width), dtype=torch.bool)
     stacked = mask_util.decode([{"size": [height, width], "counts": each} for each in counts])  # (H, W, N)
     return torch.from_numpy(np.ascontiguousarray(stacked.transpose(2, 0, 1))).bool()
+
+
+def encode_binary_masks(masks: Tensor, height: int, width: int) -> list[bytes]:
+    """Encodes masks (N, h, w), bool or in [0, 1] and cut at 0.5, as N counts of RLE of another size."""
+    counts: list[bytes] = []
+    for some in masks.split(16):  # a hundred masks of a large photograph at once would take gigabytes
+        large = F.interpolate(some[:, None].float(), (height, width), mode="bilinear")[:, 0] > 0.5
+        columns = np.asfortranarray(large.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
+        counts += [rle["counts"] for rle in mask_util.encode(columns)]
+    return counts
 
 
 def _encode_polygons(polygons: list[Any], height: int, width: int) -> bytes:

@@ -56,7 +56,7 @@ def check_queries(student: nn.Module, settings: TrainSettings, data: InstanceDat
 
 
 def training_batches(
-    data: InstanceDataset, settings: TrainSettings, *, start: int
+    data: InstanceDataset, settings: TrainSettings, *, start: int, end: int | None = None
 ) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
     """Images and targets of each step, on the run's device.
 
@@ -66,8 +66,9 @@ def training_batches(
         data: training split.
         settings: settings of the run.
         start: number of steps already taken.
+        end: step after which to stop; that of the run if not given.
     """
-    positions = range(start * settings.batch_size, settings.steps * settings.batch_size)
+    positions = range(start * settings.batch_size, (end or settings.steps) * settings.batch_size)
     loader = DataLoader(
         SeededSamples(data, settings.seed),
         batch_size=settings.batch_size,

@@ -12,7 +12,7 @@ from boxteacher.engine.segmenters import build_segmenter
 from boxteacher.errors import InputError
 from boxteacher.state_dicts import compare_states
 from boxteacher.torch_files import read_torch_file
-from boxteacher.validation import check_whole
+from boxteacher.validation import check_choice, check_whole
 
 _FORMAT = "boxteacher segmenter 1"
 
@@ -29,6 +29,7 @@ class SegmenterInfo:
         category_ids: COCO category ids of the labels.
         shortest_side: shortest side in pixels of the images in evaluation, unless the longest would exceed
             `image_size`; None to resize the longest side to `image_size`.
+        refinement: refinement of its masks in evaluation and prediction, "color" or "none".
     """
 
     model: str
@@ -37,6 +38,7 @@ class SegmenterInfo:
     class_names: list[str]
     category_ids: list[int]
     shortest_side: int | None = None
+    refinement: str = "none"
 
     def __post_init__(self) -> None:
         if not (isinstance(self.class_names, list) and isinstance(self.category_ids, list)):
@@ -46,6 +48,7 @@ class SegmenterInfo:
         check_whole("image_size", self.image_size, minimum=1)
         if self.shortest_side is not None:
             check_whole("shortest_side", self.shortest_side, minimum=1)
+        check_choice("refinement", self.refinement, ("color", "none"))
 
 
 def save_checkpoint(path: Path, segmenter: nn.Module, info: SegmenterInfo) -> None:

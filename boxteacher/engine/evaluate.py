@@ -6,11 +6,10 @@ import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -19,13 +18,16 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
 from boxteacher.data import DataIndex, InstanceDataset, collate, evaluation_transform, read_split
+from boxteacher.data.masks import encode_binary_masks
 from boxteacher.engine.checkpoint import load_checkpoint
 from boxteacher.engine.devices import pick_device
 from boxteacher.engine.files import write_atomically
 from boxteacher.protocol import Detections
+from boxteacher.refinement import refine_detections
 
 logger = logging.getLogger(__name__)
 
+Refinement = Literal["color", "none"]
 Metrics = dict[str, dict[str, float | None] | None]
 
 
@@ -43,8 +45,22 @@ class Evaluation:
     metrics: Metrics
 
 
-def evaluate(checkpoint: Path, data: Path, *, device: str = "auto", workers: int = 2) -> Evaluation:
+def evaluate(
+    checkpoint: Path,
+    data: Path,
+    *,
+    refinement: Refinement | None = None,
+    device: str = "auto",
+    workers: int = 2,
+) -> Evaluation:
     """Evaluates a checkpoint on the validation split of `data`, and writes `metrics.json` beside it.
+
+    Args:
+        checkpoint: checkpoint that `train` wrote.
+        data: folder of the data set.
+        refinement: "color" or "none"; what the run was made with if not given.
+        device: name of the device (see `pick_device`).
+        workers: number of processes that load images.
 
     Raises:
         InputError: the checkpoint or the data cannot be used.
@@ -57,6 +73,7 @@ def evaluate(checkpoint: Path, data: Path, *, device: str = "auto", workers: int
         class_names=info.class_names,
         category_ids=info.category_ids,
         shortest_side=info.shortest_side,
+        refinement=refinement or info.refinement,
         workers=workers,
     )
     text = json.dumps(evaluation.metrics) + "\n"
@@ -72,6 +89,7 @@ def evaluate_segmenter(
     class_names: list[str],
     category_ids: list[int],
     shortest_side: int | None = None,
+    refinement: Refinement = "none",
     workers: int = 2,
 ) -> Evaluation:
     """Evaluates any segmenter on the validation split of `data`, on the device of its parameters.
@@ -83,6 +101,7 @@ def evaluate_segmenter(
         class_names: names of labels 0 … C−1; a warning is logged if those of the data differ.
         category_ids: COCO category id of each label.
         shortest_side: shortest side of the images in pixels (see `evaluation_transform`).
+        refinement: "color" to fit masks to the colors of the stored images (see `boxteacher.refinement`).
         workers: number of processes that load images.
 
     Raises:
@@ -97,10 +116,10 @@ def evaluate_segmenter(
             class_names,
         )
     # Annotated masks are compared as RLE, so no worker has to decode them.
-    images = InstanceDataset(
-        replace(index, masks=None), transform=evaluation_transform(image_size, shortest_side)
-    )
-    return coco_evaluation(index, _results(segmenter, images, workers))
+    transform = WithStoredImage(evaluation_transform(image_size, shortest_side))
+    images = InstanceDataset(replace(index, masks=None), transform=transform)
+    logger.info("masks are %s", "refined by colors" if refinement == "color" else "as predicted")
+    return coco_evaluation(index, _results(segmenter, images, refinement, workers))
 
 
 def coco_results(
@@ -122,7 +141,7 @@ def coco_results(
         boxes,
         detections["scores"].cpu().tolist(),
         detections["labels"].cpu().tolist(),
-        _rles(masks, size),
+        encode_binary_masks(masks[:, 0], height, width),
         strict=True,
     )
     return [
@@ -131,9 +150,9 @@ def coco_results(
             "category_id": category_ids[label],
             "bbox": [round(value, 2) for value in box],
             "score": score,
-            "segmentation": rle,
+            "segmentation": {"size": [height, width], "counts": counts.decode()},
         }
-        for box, score, label, rle in rows
+        for box, score, label, counts in rows
     ]
 
 
@@ -193,27 +212,32 @@ def _ground_truth(index: DataIndex, kind: str) -> dict[str, Any]:
     }
 
 
+class WithStoredImage:
+    """A transform of images that also keeps each image as it was stored, as `stored_image` of its target."""
+
+    def __init__(self, transform: Any) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        small, target = self.transform(image, target)
+        return small, {**target, "stored_image": image}
+
+
 @torch.inference_mode()
-def _results(segmenter: nn.Module, dataset: InstanceDataset, workers: int) -> list[dict[str, Any]]:
+def _results(
+    segmenter: nn.Module, dataset: InstanceDataset, refinement: Refinement, workers: int
+) -> list[dict[str, Any]]:
     device = next(segmenter.parameters()).device
     loader = DataLoader(dataset, batch_size=1, num_workers=workers, collate_fn=collate)
     results = []
     for i, (images, targets) in enumerate(loader):
-        (detections,) = segmenter([image.to(device) for image in images])
+        detections = segmenter([image.to(device) for image in images])
+        if refinement == "color":
+            detections = refine_detections([targets[0]["stored_image"].to(device)], detections)
         height, width = dataset.index.sizes[i].tolist()
         category_ids = dataset.index.category_ids
-        results += coco_results(detections, targets[0]["image_id"], (height, width), category_ids)
+        results += coco_results(detections[0], targets[0]["image_id"], (height, width), category_ids)
     return results
-
-
-def _rles(masks: Tensor, size: tuple[int, int]) -> list[dict[str, Any]]:
-    """Mask probabilities (K, 1, h, w) as RLE of another size."""
-    rles = []
-    for mask in masks.split(16):  # a hundred masks of a large photograph at once would take gigabytes
-        enlarged = F.interpolate(mask.float(), size, mode="bilinear", align_corners=False)[:, 0] > 0.5
-        columns = np.asfortranarray(enlarged.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
-        rles += mask_utils.encode(columns)
-    return [{"size": list(rle["size"]), "counts": rle["counts"].decode()} for rle in rles]
 
 
 def _coco_table(

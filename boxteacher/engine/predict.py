@@ -16,10 +16,11 @@ from boxteacher.data.masks import decode_masks
 from boxteacher.engine.checkpoint import SegmenterInfo, load_checkpoint
 from boxteacher.engine.devices import pick_device
 from boxteacher.engine.drawing import draw_detections, write_picture
-from boxteacher.engine.evaluate import coco_results
+from boxteacher.engine.evaluate import Refinement, coco_results
 from boxteacher.engine.files import write_atomically
 from boxteacher.errors import InputError
 from boxteacher.protocol import Detections
+from boxteacher.refinement import refine_detections
 
 
 def predict(
@@ -28,6 +29,7 @@ def predict(
     output: Path,
     *,
     score_threshold: float = 0.6,
+    refinement: Refinement | None = None,
     device: str = "auto",
 ) -> Path:
     """Writes images overlaid with their masks to `output/NAME.png`, and `output/results.json`.
@@ -41,6 +43,7 @@ def predict(
             names must differ.
         output: folder to write to, created if missing.
         score_threshold: minimum score of the detections that are shown and written.
+        refinement: "color" or "none"; what the run was made with if not given.
         device: name of the device (see `pick_device`).
 
     Returns:
@@ -68,7 +71,7 @@ def predict(
     results = []
     for image_id, (path, picture) in enumerate(zip(images, pictures, strict=True)):
         image = read_image(path)
-        detections = _detect(segmenter, image, info)
+        detections = _detect(segmenter, image, info, refinement or info.refinement)
         kept = detections["scores"] >= score_threshold
         detections = {key: value[kept] for key, value in detections.items()}
         size = (image.shape[-2], image.shape[-1])
@@ -82,11 +85,14 @@ def predict(
 
 
 @torch.inference_mode()
-def _detect(segmenter: nn.Module, image: Tensor, info: SegmenterInfo) -> Detections:
+def _detect(segmenter: nn.Module, image: Tensor, info: SegmenterInfo, refinement: str) -> Detections:
     """Detections of an image (3, H, W) at the size that the segmenter was trained with."""
     small, _ = evaluation_transform(info.image_size, info.shortest_side)(image, {})
-    (detections,) = segmenter([small.as_subclass(Tensor).to(next(segmenter.parameters()).device)])
-    return detections
+    device = next(segmenter.parameters()).device
+    detections: list[Detections] = segmenter([small.as_subclass(Tensor).to(device)])
+    if refinement == "color":
+        detections = refine_detections([image.to(device)], detections)
+    return detections[0]
 
 
 def _boxes_and_masks(rows: list[dict[str, Any]], size: tuple[int, int]) -> Detections:

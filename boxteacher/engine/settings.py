@@ -87,15 +87,22 @@ class TrainSettings:
         minimum=0,
         group="supervision",
     )
+    rounds: int = option(
+        2,
+        help="number of times, evenly spread over the run, that the teacher predicts pseudo masks of all "
+        "training images, which are kept until the next time; 0: in every step, as in the paper",
+        minimum=0,
+    )
     pseudo_warmup_steps: int = option(
-        lambda run: min(10_000, run.steps),
+        lambda run: 0 if run.rounds else min(10_000, run.steps),
         help="steps until the two losses from pseudo masks have their full weight",
-        default_text="all steps, at most 10000",
+        default_text="0 with rounds, else all steps, at most 10000",
         minimum=0,
     )
     augmentation: Literal["none", "color", "color+blur"] = option(
-        "color+blur",
+        lambda run: "none" if run.rounds else "color+blur",
         help="strong augmentation of the student's images: none, color jitter, or color jitter and blur",
+        default_text="none with rounds, else color+blur",
     )
     momentum: float = option(
         lambda run: max(0.0, min(0.999, 1 - 10 / run.steps)),
@@ -120,7 +127,12 @@ class TrainSettings:
     teacher_dtype: Literal["float32", "bfloat16"] = option(
         "float32", help="dtype of the teacher's forward pass"
     )
-    teacher_interval: int = option(1, help="interval N: the teacher runs every N optimizer steps", minimum=1)
+    teacher_interval: int = option(
+        1, help="interval N: without rounds, the teacher runs every N optimizer steps", minimum=1
+    )
+    refinement: Literal["color", "none"] = option(
+        "color", help="refinement of masks in rounds, evaluation and prediction: by colors, or none"
+    )
 
     def __post_init__(self) -> None:
         resolve_options(self)

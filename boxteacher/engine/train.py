@@ -10,13 +10,18 @@ from boxteacher.engine.batches import check_queries, check_validation_split, tra
 from boxteacher.engine.checkpoint import SegmenterInfo
 from boxteacher.engine.optimization import build_optimizer, build_schedule
 from boxteacher.engine.progress import TrainingLog
+from boxteacher.engine.rounds import round_ends, start_round
 from boxteacher.engine.run import RunState, new_checkpoint, save_if_due, write_settings
 from boxteacher.engine.settings import TrainSettings
 from boxteacher.engine.step import take_step
 from boxteacher.engine.weights import build_with_weights
+from boxteacher.multi_view import MultiViewTeacher
 from boxteacher.pseudo_masks import EMATeacher
 from boxteacher.supervision import BoxSupervised, MaskSupervised, TrainingWrapper
 from boxteacher.teacher import BoxTeacher
+
+_PIXEL_WEIGHT = 0.5  # BoxTeacher, Sec. 4.1
+_ROUNDS_PIXEL_WEIGHT = 1.0  # masks of rounds are better than those of a step
 
 
 def train(settings: TrainSettings) -> Path:
@@ -55,13 +60,17 @@ def train(settings: TrainSettings) -> Path:
         data.index.class_names,
         data.index.category_ids,
         shortest_side=max(settings.shortest_side, default=None),
+        refinement=settings.refinement,
     )
     write_settings(settings)
     with TrainingLog(settings.output, settings.steps) as log:
-        for images, targets in training_batches(data, settings, start=state.step):
-            numbers = take_step(state, images, targets, settings.gradient_clip)
-            log.write(state.step, numbers)
-            save_if_due(state, checkpoint, info, settings.steps)
+        for end in round_ends(settings):
+            for images, targets in training_batches(data, settings, start=state.step, end=end):
+                numbers = take_step(state, images, targets, settings.gradient_clip)
+                log.write(state.step, numbers)
+                save_if_due(state, checkpoint, info, settings.steps)
+            if end < settings.steps:
+                data = start_round(state, data, settings)
     return checkpoint
 
 
@@ -76,19 +85,38 @@ def supervise(segmenter: nn.Module, settings: TrainSettings) -> TrainingWrapper:
         "color": StrongAugmentation(blur=0.0),
         "color+blur": StrongAugmentation(),
     }
-    teacher = EMATeacher(
+    return BoxTeacher(
+        segmenter,
+        teacher=_teacher(segmenter, settings),
+        augmentation=augmentations[settings.augmentation],
+        pixel_weight=_ROUNDS_PIXEL_WEIGHT if settings.rounds else _PIXEL_WEIGHT,
+        warmup_steps=settings.warmup_steps,
+        pseudo_warmup_steps=settings.pseudo_warmup_steps,
+        teacher_interval=0 if settings.rounds else settings.teacher_interval,
+    )
+
+
+def _teacher(segmenter: nn.Module, settings: TrainSettings) -> EMATeacher:
+    size = settings.teacher_size
+    dtype = torch.bfloat16 if settings.teacher_dtype == "bfloat16" else None
+    if settings.rounds:
+        return MultiViewTeacher(
+            segmenter,
+            momentum=settings.momentum,
+            image_size=(size[0], size[1]) if size else _evaluation_size(settings),
+            refine=settings.refinement == "color",
+            dtype=dtype,
+        )
+    return EMATeacher(
         segmenter,
         momentum=settings.momentum,
         iou_threshold=settings.iou_threshold,
         quality_at=settings.quality_at,
-        image_size=(settings.teacher_size[0], settings.teacher_size[1]) if settings.teacher_size else None,
-        dtype=torch.bfloat16 if settings.teacher_dtype == "bfloat16" else None,
+        image_size=(size[0], size[1]) if size else None,
+        dtype=dtype,
     )
-    return BoxTeacher(
-        segmenter,
-        teacher=teacher,
-        augmentation=augmentations[settings.augmentation],
-        warmup_steps=settings.warmup_steps,
-        pseudo_warmup_steps=settings.pseudo_warmup_steps,
-        teacher_interval=settings.teacher_interval,
-    )
+
+
+def _evaluation_size(settings: TrainSettings) -> tuple[int, int]:
+    """Shortest side and maximum longest side in pixels of the images in evaluation."""
+    return max(settings.shortest_side, default=settings.image_size), settings.image_size

@@ -1,6 +1,12 @@
 """Settings that several recipes share: image sizes, optimizers, schedules, the released code's teacher."""
 
-COCO = {"image_size": 1333, "shortest_side": (640, 672, 704, 736, 768, 800), "batch_size": 16}
+COCO = {
+    "image_size": 1333,
+    "shortest_side": (640, 672, 704, 736, 768, 800),
+    "batch_size": 16,
+    "rounds": 0,
+    "refinement": "none",
+}
 
 SGD = {"optimizer": "sgd", "lr": 0.01, "weight_decay": 1e-4, "gradient_clip": 0.0}  # 0: no clipping
 ADAMW = {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.05}

@@ -1,0 +1,47 @@
+"""Rounds: the teacher predicts pseudo masks of all training images, which are kept until the next round."""
+
+import logging
+from dataclasses import replace
+
+from boxteacher.data import InstanceDataset
+from boxteacher.engine.pseudo_masks import predict_pseudo_masks, with_pseudo_masks
+from boxteacher.engine.run import RunState
+from boxteacher.engine.settings import TrainSettings
+from boxteacher.teacher import BoxTeacher
+
+logger = logging.getLogger(__name__)
+
+PSEUDO_MASKS_FILE = "pseudo_masks.npz"
+
+
+def round_ends(settings: TrainSettings) -> list[int]:
+    """The steps at which a part of the run ends; pseudo masks are predicted at all but the last."""
+    rounds = settings.rounds if settings.supervision == "teacher" else 0
+    ends = {settings.steps * part // (rounds + 1) for part in range(1, rounds + 2)}
+    return sorted(ends - {0})
+
+
+def start_round(state: RunState, data: InstanceDataset, settings: TrainSettings) -> InstanceDataset:
+    """The training split with new pseudo masks of the teacher, which `pseudo_masks.npz` keeps too."""
+    model = state.model
+    assert isinstance(model, BoxTeacher)  # only it has rounds
+    model.synchronize()
+    predicted = predict_pseudo_masks(
+        model.teacher,
+        data.index,
+        image_size=settings.image_size,
+        shortest_side=max(settings.shortest_side, default=None),
+        device=settings.device,
+        workers=settings.workers,
+    )
+    predicted.save(settings.output / PSEUDO_MASKS_FILE, state.step)
+    found = predicted.confidence > 0
+    logger.info(
+        "step %d: pseudo masks of %d of %d objects, mean confidence %.2f",
+        state.step,
+        found.sum(),
+        (~data.index.crowd).sum(),
+        predicted.confidence[found].mean() if found.any() else 0.0,
+    )
+    index = with_pseudo_masks(replace(data.index, masks=None), predicted)
+    return InstanceDataset(index, transform=data.transform, ignored_bottom_rows=data.ignored_bottom_rows)

@@ -1,0 +1,128 @@
+"""Training in rounds: pseudo masks of all training images, predicted now and then and kept in between."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from boxteacher import PseudoMasks
+from boxteacher.cli import main
+from boxteacher.data import InstanceDataset, read_split
+from boxteacher.data.masks import decode_masks
+from boxteacher.engine.pseudo_masks import predict_pseudo_masks, with_pseudo_masks
+from boxteacher.engine.rounds import round_ends
+from boxteacher.engine.settings import TrainSettings
+from boxteacher.grid import MaskGrid
+from boxteacher.targets import box_masks
+from tests.data_support import Folder
+from tests.engine_support import log_of, train_arguments
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
+
+
+def filled_boxes(images: list[Tensor], targets: list[dict[str, Tensor]], grid: MaskGrid) -> PseudoMasks:
+    """A source whose masks are the boxes, with confidence 0.75, or 0 for boxes at the right border."""
+    boxes = targets[0]["boxes"]
+    rows, columns = (torch.arange(size) for size in grid.shape)
+    beyond = boxes[:, 2:] - 0.5  # the last pixel
+    masks = box_masks(torch.cat([boxes[:, :2].ceil(), beyond], 1), rows, columns)
+    confidence = torch.where(boxes[:, 2] > images[0].shape[-1] - 1, 0.0, 0.75)
+    return PseudoMasks(masks, confidence)
+
+
+def predicted(folder: Folder, **options: object):
+    index = folder.index(**options)
+    masks = predict_pseudo_masks(
+        filled_boxes, index, image_size=40, shortest_side=None, device="cpu", workers=0
+    )
+    return index, masks
+
+
+def test_masks_are_kept_at_the_size_of_the_stored_image(folder):
+    _index, found = predicted(folder)
+    assert found.confidence.tolist() == [0.75, 0.75, 0.0]
+    assert found.masks[2] is None
+    masks = decode_masks([mask for mask in found.masks if mask is not None], 24, 40)
+    assert masks.sum((1, 2)).tolist() == [60, 72]  # 10 × 6 and 8 × 9 pixels
+    assert masks[0, 2:8, 4:14].all()
+
+
+def test_crowds_have_no_pseudo_mask(folder):
+    folder.content["annotations"][0]["iscrowd"] = 1
+    _, found = predicted(folder)
+    assert found.masks[0] is None
+    assert found.confidence[0] == 0
+    assert found.masks[1] is not None
+
+
+def test_the_data_set_serves_pseudo_masks_with_their_confidence(folder):
+    index, found = predicted(folder)
+    _, target = InstanceDataset(with_pseudo_masks(index, found))[0]
+    assert target["mask_confidence"].tolist() == [0.75, 0.75, 0.0]
+    assert target["has_mask"].tolist() == [True, True, False]
+    assert target["masks"].sum((1, 2)).tolist() == [60, 72, 0]
+
+
+def test_annotated_masks_stay(folder):
+    del folder.content["annotations"][0]["segmentation"]
+    index, found = predicted(folder, read_masks=True, masks_optional=True)
+    both = with_pseudo_masks(index, found)
+    assert both.mask_confidence.tolist() == [0.75, 1.0, 1.0]
+    assert both.masks[1:] == index.masks[1:]
+    assert both.masks[0] == found.masks[0]
+
+
+def test_the_file_holds_every_mask(folder, tmp_path):
+    _, found = predicted(folder)
+    found.save(tmp_path / "pseudo_masks.npz", step=7)
+    with np.load(tmp_path / "pseudo_masks.npz") as file:
+        assert int(file["step"]) == 7
+        assert file["confidence"].tolist() == found.confidence.tolist()
+        text = file["counts"].tobytes()
+        ends = [0, *file["ends"].tolist()]
+    stored = [text[a:b] or None for a, b in itertools.pairwise(ends)]
+    assert stored == found.masks
+
+
+@pytest.mark.parametrize(
+    ("steps", "rounds", "expected"),
+    [(900, 2, [300, 600, 900]), (10, 0, [10]), (7, 3, [1, 3, 5, 7]), (2, 5, [1, 2])],
+)
+def test_rounds_are_spread_evenly_over_the_run(steps, rounds, expected, tmp_path):
+    settings = TrainSettings(
+        model="condinst", data=tmp_path, output=tmp_path, steps=steps, rounds=rounds, device="cpu"
+    )
+    assert round_ends(settings) == expected
+    assert round_ends(replace(settings, supervision="box")) == [steps]
+
+
+def test_a_run_in_rounds_learns_from_pseudo_masks_after_the_first(shapes, tmp_path):
+    output = tmp_path / "run"
+    assert main(train_arguments(shapes, output)) == 0
+    log = log_of(output)
+    assert log[0]["loss_pixel"] == 0
+    assert log[-1]["loss_pixel"] > 0
+    assert (output / "pseudo_masks.npz").exists()
+    content = json.loads((output / "settings.json").read_text())
+    assert (content["rounds"], content["augmentation"], content["pseudo_warmup_steps"]) == (2, "none", 0)
+    index = read_split(shapes, "train")
+    with np.load(output / "pseudo_masks.npz") as file:
+        assert len(file["confidence"]) == len(index.labels)
+        assert int(file["step"]) == 2
+
+
+def test_without_rounds_the_teacher_speaks_in_every_step(shapes, tmp_path):
+    output = tmp_path / "run"
+    assert main(train_arguments(shapes, output, "--rounds", "0")) == 0
+    assert not (output / "pseudo_masks.npz").exists()
+    settings = json.loads((output / "settings.json").read_text())
+    assert settings["augmentation"] == "color+blur"
+    assert "pseudo_masks" in log_of(output)[0]
