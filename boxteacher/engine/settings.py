@@ -94,6 +94,17 @@ class TrainSettings:
         "color+blur",
         help="strong augmentation of the student's images: none, color jitter, or color jitter and blur",
     )
+    teacher: str = option(
+        "ema",
+        help="source of pseudo masks: ema, the student's moving average; sam, sam2, sam-hq, or another "
+        "package's",
+    )
+    teacher_weights: str = option(
+        "",
+        help="weights of a teacher other than ema: folder, or name on the Hugging Face hub",
+        metavar="DIR|NAME",
+        default_text="none",
+    )
     momentum: float = option(
         lambda run: max(0.0, min(0.999, 1 - 10 / run.steps)),
         help="limit of the momentum of the teacher's moving average",
@@ -126,3 +137,12 @@ class TrainSettings:
             raise InputError(f"lr_steps is {self.lr_steps}: give each step once, in rising order")
         if self.teacher_size and (len(self.teacher_size) != 2 or self.teacher_size[0] > self.teacher_size[1]):
             raise InputError(f"teacher_size is {self.teacher_size}: give the shortest side, then the longest")
+        if self.teacher != "ema" and self.supervision != "teacher":
+            raise InputError(
+                f"teacher is {self.teacher!r}, but supervision is {self.supervision!r}: leave one of them out"
+            )
+        if self.teacher == "ema" and self.teacher_weights:
+            raise InputError(
+                f"teacher_weights is {self.teacher_weights!r}, but the teacher is the student's moving "
+                "average: give --teacher too"
+            )

@@ -13,7 +13,9 @@ from boxteacher.engine.progress import TrainingLog
 from boxteacher.engine.run import RunState, new_checkpoint, save_if_due, write_settings
 from boxteacher.engine.settings import TrainSettings
 from boxteacher.engine.step import take_step
+from boxteacher.engine.teachers import build_source
 from boxteacher.engine.weights import build_with_weights
+from boxteacher.protocol import PseudoMaskSource
 from boxteacher.pseudo_masks import EMATeacher
 from boxteacher.supervision import BoxSupervised, MaskSupervised, TrainingWrapper
 from boxteacher.teacher import BoxTeacher
@@ -76,19 +78,26 @@ def supervise(segmenter: nn.Module, settings: TrainSettings) -> TrainingWrapper:
         "color": StrongAugmentation(blur=0.0),
         "color+blur": StrongAugmentation(),
     }
-    teacher = EMATeacher(
+    return BoxTeacher(
+        segmenter,
+        teacher=build_teacher(segmenter, settings),
+        augmentation=augmentations[settings.augmentation],
+        warmup_steps=settings.warmup_steps,
+        pseudo_warmup_steps=settings.pseudo_warmup_steps,
+        teacher_interval=settings.teacher_interval,
+    )
+
+
+def build_teacher(segmenter: nn.Module, settings: TrainSettings) -> PseudoMaskSource:
+    """The source of pseudo masks of the settings, which may be the segmenter's moving average."""
+    dtype = torch.bfloat16 if settings.teacher_dtype == "bfloat16" else None
+    if settings.teacher != "ema":
+        return build_source(settings.teacher, settings.teacher_weights, dtype=dtype)
+    return EMATeacher(
         segmenter,
         momentum=settings.momentum,
         iou_threshold=settings.iou_threshold,
         quality_at=settings.quality_at,
         image_size=(settings.teacher_size[0], settings.teacher_size[1]) if settings.teacher_size else None,
-        dtype=torch.bfloat16 if settings.teacher_dtype == "bfloat16" else None,
-    )
-    return BoxTeacher(
-        segmenter,
-        teacher=teacher,
-        augmentation=augmentations[settings.augmentation],
-        warmup_steps=settings.warmup_steps,
-        pseudo_warmup_steps=settings.pseudo_warmup_steps,
-        teacher_interval=settings.teacher_interval,
+        dtype=dtype,
     )
