@@ -16,7 +16,7 @@ from boxteacher.grid import mask_grid
 from boxteacher.targets import grid_targets
 from boxteacher_adapters.sam import SamTeacher, mask_boxes
 from tests.sam_support import KINDS, SIZE, ScriptedDecoder, filled_boxes, tiny_network, transformers
-from tests.simulated_device import DeviceTensor, SimulatedDevice
+from tests.simulated_device import DEVICE, DeviceTensor, SimulatedDevice
 from tests.support import ScriptedSegmenter, seeded_images, target
 from tests.teaching_support import IMAGES, TARGETS, TEACHER_LOSSES
 
@@ -187,13 +187,35 @@ def test_boxes_of_clear_cut_masks_are_those_of_torchvision(cells):
     assert_close(mask_boxes(mask.float() * 6 - 3), expected.float())
 
 
+def distances(boxes: Tensor, length: int) -> Tensor:
+    """Logits (n, length, length): the distance in cells to the nearest side of a box in cells, within it."""
+    center = torch.arange(length) + 0.5
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)  # (n, 1) each
+    x, y = torch.minimum(center - x0, x1 - center), torch.minimum(center - y0, y1 - center)
+    return torch.minimum(x[:, None, :], y[:, :, None])
+
+
 @pytest.mark.parametrize("box", [(3.2, 5.75, 9.9, 18.1), (7.0, 12.5, 10.0, 16.4), (0.6, 0.5, 19.4, 19.5)])
 def test_boxes_of_masks_are_exact_to_fractions_of_a_cell(box):
-    center = torch.arange(20) + 0.5
-    x = torch.minimum(center - box[0], box[2] - center)
-    y = torch.minimum(center - box[1], box[3] - center)
-    logits = torch.minimum(x[None, :], y[:, None])  # the distance to the nearest side
-    assert_close(mask_boxes(logits), torch.tensor(box), atol=1e-5, rtol=0)
+    boxes = torch.tensor([box])
+    assert_close(mask_boxes(distances(boxes, 20)), boxes, atol=1e-5, rtol=0)
+
+
+def test_the_fit_is_not_limited_by_the_size_of_a_cell():
+    """A cell of the answer is 4 pixels of the input; the boxes end between cells."""
+    teacher, _ = scripted(
+        "sam", lambda boxes, pixels: (distances(boxes / 4, 16)[:, None].expand(-1, 4, -1, -1), ONES)
+    )
+    found = teacher([IMAGES[0]], [target((5, 9, 30, 27))], GRID)
+    assert_close(found.confidence, torch.ones(1))
+
+
+def test_a_teacher_alone_keeps_no_graph():
+    teacher, _ = scripted("sam2", lambda boxes, pixels: (pixels.mean(0).expand(1, 4, -1, -1), ONES))
+    found = teacher([IMAGES[1].clone().requires_grad_()], [TARGETS[1]], GRID)
+    assert found.masks.max() > 0
+    assert not found.masks.requires_grad
+    assert not found.confidence.requires_grad
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -247,12 +269,16 @@ def test_the_network_follows_the_images_to_their_device():
 
 
 class SamModel(nn.Module):
-    """Its answer is there already."""
+    """Its answer is there already, and it notes where it is moved."""
 
     def __init__(self, logits: Tensor, iou: Tensor) -> None:
         super().__init__()
         self.answer = (logits, iou)
         self.config = transformers.SamConfig(prompt_encoder_config={"image_size": SIZE})
+
+    def to(self, device: torch.device) -> "SamModel":
+        self.device = device
+        return self
 
     def get_image_embeddings(self, pixels: Tensor) -> Tensor:
         return F.avg_pool2d(pixels, 8)
@@ -265,7 +291,7 @@ class SamModel(nn.Module):
         )
 
 
-def test_the_teacher_s_own_part_does_not_synchronize_with_the_device():
+def test_the_network_follows_the_images_and_the_teacher_s_own_part_does_not_synchronize():
     logits, iou = torch.randn(2, 4, 16, 16), torch.rand(2, 4)
     with SimulatedDevice() as device:
         teacher = SamTeacher(SamModel(DeviceTensor(logits), DeviceTensor(iou)))
@@ -273,6 +299,7 @@ def test_the_teacher_s_own_part_does_not_synchronize_with_the_device():
         targets = [{name: DeviceTensor(value) for name, value in each.items()} for each in TARGETS]
         found = teacher(images, targets, GRID)
     assert not device.synchronizations
+    assert teacher.network.device == DEVICE
     expected = SamTeacher(SamModel(logits, iou))(IMAGES, TARGETS, GRID)
     assert_close(found.masks.values, expected.masks)
     assert_close(found.confidence.values, expected.confidence)
