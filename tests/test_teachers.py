@@ -15,9 +15,11 @@ from boxteacher.engine.checkpoint import load_checkpoint
 from boxteacher.engine.segmenters import build_segmenter
 from boxteacher.engine.settings import TrainSettings
 from boxteacher.engine.teachers import build_source
+from boxteacher.engine.train import supervise
 from boxteacher.grid import mask_grid
 from boxteacher_adapters.sam import SamTeacher
 from tests.engine_support import error_of, log_of, train_arguments
+from tests.support import ScriptedSegmenter
 from tests.teaching_support import IMAGES, TARGETS
 
 
@@ -142,4 +144,4 @@ def test_an_unknown_teacher_is_refused_with_the_names_there_are():
 )
 def test_settings_that_contradict_each_other_are_refused(given, message):
     with pytest.raises(InputError, match=message):
-        TrainSettings("condinst", Path(), Path(), **given)
+        supervise(ScriptedSegmenter(), TrainSettings("condinst", Path(), Path(), **given))

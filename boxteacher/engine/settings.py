@@ -137,12 +137,3 @@ class TrainSettings:
             raise InputError(f"lr_steps is {self.lr_steps}: give each step once, in rising order")
         if self.teacher_size and (len(self.teacher_size) != 2 or self.teacher_size[0] > self.teacher_size[1]):
             raise InputError(f"teacher_size is {self.teacher_size}: give the shortest side, then the longest")
-        if self.teacher != "ema" and self.supervision != "teacher":
-            raise InputError(
-                f"teacher is {self.teacher!r}, but supervision is {self.supervision!r}: leave one of them out"
-            )
-        if self.teacher == "ema" and self.teacher_weights:
-            raise InputError(
-                f"teacher_weights is {self.teacher_weights!r}, but the teacher is the student's moving "
-                "average: give --teacher too"
-            )

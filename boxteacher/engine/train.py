@@ -15,6 +15,7 @@ from boxteacher.engine.settings import TrainSettings
 from boxteacher.engine.step import take_step
 from boxteacher.engine.teachers import build_source
 from boxteacher.engine.weights import build_with_weights
+from boxteacher.errors import InputError
 from boxteacher.protocol import PseudoMaskSource
 from boxteacher.pseudo_masks import EMATeacher
 from boxteacher.supervision import BoxSupervised, MaskSupervised, TrainingWrapper
@@ -68,7 +69,16 @@ def train(settings: TrainSettings) -> Path:
 
 
 def supervise(segmenter: nn.Module, settings: TrainSettings) -> TrainingWrapper:
-    """Wraps a segmenter for training with the supervision of the settings."""
+    """Wraps a segmenter for training with the supervision of the settings.
+
+    Raises:
+        InputError: the teacher cannot be built, or the settings name one that nothing would use.
+    """
+    if settings.teacher != "ema" and settings.supervision != "teacher":
+        raise InputError(
+            f"teacher is {settings.teacher!r}, but supervision is {settings.supervision!r}: leave one of "
+            "them out"
+        )
     if settings.supervision == "mask":
         return MaskSupervised(segmenter)
     if settings.supervision == "box":
@@ -89,10 +99,19 @@ def supervise(segmenter: nn.Module, settings: TrainSettings) -> TrainingWrapper:
 
 
 def build_teacher(segmenter: nn.Module, settings: TrainSettings) -> PseudoMaskSource:
-    """The source of pseudo masks of the settings, which may be the segmenter's moving average."""
+    """The source of pseudo masks of the settings, which may be the segmenter's moving average.
+
+    Raises:
+        InputError: the source cannot be built, or weights are given for the moving average.
+    """
     dtype = torch.bfloat16 if settings.teacher_dtype == "bfloat16" else None
     if settings.teacher != "ema":
         return build_source(settings.teacher, settings.teacher_weights, dtype=dtype)
+    if settings.teacher_weights:
+        raise InputError(
+            f"teacher_weights is {settings.teacher_weights!r}, but the teacher is the student's moving "
+            "average: give --teacher too"
+        )
     return EMATeacher(
         segmenter,
         momentum=settings.momentum,
