@@ -14,7 +14,7 @@ from boxteacher.grid import (
     pad_images,
     upsample_aligned,
 )
-from boxteacher.precision import full_precision
+from boxteacher.precision import autocast_to, full_precision
 from boxteacher.protocol import (
     Candidates,
     Detections,
@@ -27,7 +27,7 @@ from boxteacher.protocol import (
 )
 from boxteacher.scoring import mask_quality, ranking_score
 from boxteacher.state_dicts import SegmenterWeights, compare_states
-from boxteacher.targets import GridTargets, flat_targets, grid_targets
+from boxteacher.targets import GridTargets, box_masks, flat_targets, grid_targets
 from boxteacher.torch_files import read_torch_file
 from boxteacher.validation import check_labels
 
@@ -46,6 +46,8 @@ __all__ = [
     "SegmenterWeights",
     "StudentOutput",
     "Target",
+    "autocast_to",
+    "box_masks",
     "check_labels",
     "compare_states",
     "flat_targets",

@@ -15,7 +15,7 @@ from boxteacher.cli import main
 from boxteacher.data import InstanceDataset, read_split
 from boxteacher.data.masks import decode_masks
 from boxteacher.engine.pseudo_masks import predict_pseudo_masks, with_pseudo_masks
-from boxteacher.engine.rounds import round_ends
+from boxteacher.engine.rounds import round_starts
 from boxteacher.engine.settings import TrainSettings
 from boxteacher.grid import MaskGrid
 from boxteacher.targets import box_masks
@@ -94,14 +94,19 @@ def test_the_file_holds_every_mask(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("steps", "rounds", "expected"),
-    [(900, 2, [300, 600, 900]), (10, 0, [10]), (7, 3, [1, 3, 5, 7]), (2, 5, [1, 2])],
+    [(900, 2, [300, 600]), (10, 0, []), (7, 3, [1, 3, 5]), (2, 5, [1])],
 )
 def test_rounds_are_spread_evenly_over_the_run(steps, rounds, expected, tmp_path):
     settings = TrainSettings(
         model="condinst", data=tmp_path, output=tmp_path, steps=steps, rounds=rounds, device="cpu"
     )
-    assert round_ends(settings) == expected
-    assert round_ends(replace(settings, supervision="box")) == [steps]
+    assert round_starts(settings) == expected
+    assert round_starts(replace(settings, supervision="box")) == []
+
+
+def test_a_teacher_that_does_not_learn_predicts_once_before_the_first_step(tmp_path):
+    settings = TrainSettings(model="condinst", data=tmp_path, output=tmp_path, teacher="sam", device="cpu")
+    assert round_starts(settings) == [0]
 
 
 def test_a_run_in_rounds_learns_from_pseudo_masks_after_the_first(shapes, tmp_path):

@@ -14,11 +14,14 @@ logger = logging.getLogger(__name__)
 PSEUDO_MASKS_FILE = "pseudo_masks.npz"
 
 
-def round_ends(settings: TrainSettings) -> list[int]:
-    """The steps at which a part of the run ends; pseudo masks are predicted at all but the last."""
-    rounds = settings.rounds if settings.supervision == "teacher" else 0
-    ends = {settings.steps * part // (rounds + 1) for part in range(1, rounds + 2)}
-    return sorted(ends - {0})
+def round_starts(settings: TrainSettings) -> list[int]:
+    """The steps before which pseudo masks are predicted; a teacher that does not learn predicts them once."""
+    if settings.supervision != "teacher" or settings.rounds == 0:
+        return []
+    if settings.teacher != "ema":
+        return [0]
+    parts = settings.rounds + 1
+    return sorted({settings.steps * part // parts for part in range(1, parts)} - {0})
 
 
 def start_round(state: RunState, data: InstanceDataset, settings: TrainSettings) -> InstanceDataset:

@@ -104,6 +104,17 @@ class TrainSettings:
         help="strong augmentation of the student's images: none, color jitter, or color jitter and blur",
         default_text="none with rounds, else color+blur",
     )
+    teacher: str = option(
+        "ema",
+        help="source of pseudo masks: ema, the student's moving average; sam, sam2, sam-hq, or another "
+        "package's",
+    )
+    teacher_weights: str = option(
+        "",
+        help="weights of a teacher other than ema: folder, or name on the Hugging Face hub",
+        metavar="DIR|NAME",
+        default_text="none",
+    )
     momentum: float = option(
         lambda run: max(0.0, min(0.999, 1 - 10 / run.steps)),
         help="limit of the momentum of the teacher's moving average",

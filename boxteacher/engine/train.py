@@ -1,5 +1,6 @@
 """A training run, from a data set to a checkpoint."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -10,13 +11,13 @@ from boxteacher.engine.batches import check_queries, check_validation_split, tra
 from boxteacher.engine.checkpoint import SegmenterInfo
 from boxteacher.engine.optimization import build_optimizer, build_schedule
 from boxteacher.engine.progress import TrainingLog
-from boxteacher.engine.rounds import round_ends, start_round
+from boxteacher.engine.rounds import round_starts, start_round
 from boxteacher.engine.run import RunState, new_checkpoint, save_if_due, write_settings
 from boxteacher.engine.settings import TrainSettings
 from boxteacher.engine.step import take_step
+from boxteacher.engine.teachers import build_teacher
 from boxteacher.engine.weights import build_with_weights
-from boxteacher.multi_view import MultiViewTeacher
-from boxteacher.pseudo_masks import EMATeacher
+from boxteacher.errors import InputError
 from boxteacher.supervision import BoxSupervised, MaskSupervised, TrainingWrapper
 from boxteacher.teacher import BoxTeacher
 
@@ -64,18 +65,28 @@ def train(settings: TrainSettings) -> Path:
     )
     write_settings(settings)
     with TrainingLog(settings.output, settings.steps) as log:
-        for end in round_ends(settings):
-            for images, targets in training_batches(data, settings, start=state.step, end=end):
+        rounds = round_starts(settings)
+        for start, end in pairwise(sorted({0, *rounds, settings.steps})):
+            if start in rounds:
+                data = start_round(state, data, settings)
+            for images, targets in training_batches(data, settings, start=start, end=end):
                 numbers = take_step(state, images, targets, settings.gradient_clip)
                 log.write(state.step, numbers)
                 save_if_due(state, checkpoint, info, settings.steps)
-            if end < settings.steps:
-                data = start_round(state, data, settings)
     return checkpoint
 
 
 def supervise(segmenter: nn.Module, settings: TrainSettings) -> TrainingWrapper:
-    """Wraps a segmenter for training with the supervision of the settings."""
+    """Wraps a segmenter for training with the supervision of the settings.
+
+    Raises:
+        InputError: the teacher cannot be built, or the settings name one that nothing would use.
+    """
+    if settings.teacher != "ema" and settings.supervision != "teacher":
+        raise InputError(
+            f"teacher is {settings.teacher!r}, but supervision is {settings.supervision!r}: leave one of "
+            "them out"
+        )
     if settings.supervision == "mask":
         return MaskSupervised(segmenter)
     if settings.supervision == "box":
@@ -87,36 +98,10 @@ def supervise(segmenter: nn.Module, settings: TrainSettings) -> TrainingWrapper:
     }
     return BoxTeacher(
         segmenter,
-        teacher=_teacher(segmenter, settings),
+        teacher=build_teacher(segmenter, settings),
         augmentation=augmentations[settings.augmentation],
         pixel_weight=_ROUNDS_PIXEL_WEIGHT if settings.rounds else _PIXEL_WEIGHT,
         warmup_steps=settings.warmup_steps,
         pseudo_warmup_steps=settings.pseudo_warmup_steps,
         teacher_interval=0 if settings.rounds else settings.teacher_interval,
     )
-
-
-def _teacher(segmenter: nn.Module, settings: TrainSettings) -> EMATeacher:
-    size = settings.teacher_size
-    dtype = torch.bfloat16 if settings.teacher_dtype == "bfloat16" else None
-    if settings.rounds:
-        return MultiViewTeacher(
-            segmenter,
-            momentum=settings.momentum,
-            image_size=(size[0], size[1]) if size else _evaluation_size(settings),
-            refine=settings.refinement == "color",
-            dtype=dtype,
-        )
-    return EMATeacher(
-        segmenter,
-        momentum=settings.momentum,
-        iou_threshold=settings.iou_threshold,
-        quality_at=settings.quality_at,
-        image_size=(size[0], size[1]) if size else None,
-        dtype=dtype,
-    )
-
-
-def _evaluation_size(settings: TrainSettings) -> tuple[int, int]:
-    """Shortest side and maximum longest side in pixels of the images in evaluation."""
-    return max(settings.shortest_side, default=settings.image_size), settings.image_size
