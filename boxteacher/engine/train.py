@@ -80,8 +80,10 @@ def supervise(segmenter: nn.Module, settings: TrainSettings) -> TrainingWrapper:
         segmenter,
         momentum=settings.momentum,
         iou_threshold=settings.iou_threshold,
+        score_threshold=settings.score_threshold,
         quality_at=settings.quality_at,
         image_size=(settings.teacher_size[0], settings.teacher_size[1]) if settings.teacher_size else None,
+        mode=settings.teacher_mode,
         dtype=torch.bfloat16 if settings.teacher_dtype == "bfloat16" else None,
     )
     return BoxTeacher(
