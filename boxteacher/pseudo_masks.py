@@ -45,8 +45,8 @@ class EMATeacher(nn.Module):
             in the released code, which costs far more and changes little.
         image_size: shortest side and maximum longest side in pixels to which the images are resized, as in
             the released code; they are left as they are if not given.
-        mode: mode of the network while it labels. "eval" uses running statistics, which are averaged with the
-            weights. "train", as in the released code, uses the batch's statistics; running statistics are then
+        mode: mode of the network's layers while it labels. "eval" uses running statistics, which are averaged
+            with the weights. "train", as in the released code, uses the batch's; running statistics are then
             the teacher's own, of the images that it sees, and only parameters are averaged.
         dtype: type that the teacher computes in, by autocast, such as `torch.bfloat16`; that of the rest of
             the step if not given.
@@ -115,11 +115,14 @@ class EMATeacher(nn.Module):
 
     @contextmanager
     def _labeling(self, images: list[Tensor]) -> Iterator[None]:
-        """Puts the network in the teacher's mode for these images, and back."""
+        """Puts the network's layers in the teacher's mode for these images, and back."""
         if self.mode == "eval":
             yield
             return
         self.model.train()
+        for module in self.model.modules():
+            # What is made of layers stays in evaluation mode: torchvision's detectors would ask for targets.
+            module.training = module.training and not list(module.children())
         try:
             check_batch_norms(self.model, images, self.provider.size_divisor)
             yield

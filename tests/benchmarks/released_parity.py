@@ -54,7 +54,7 @@ def compare_trajectory(title: str, name: str, folder: Path, noise: float = 0.0) 
         buffers = {key: value for key, value in moved.items() if "running" in key}
         parameters = {key: value for key, value in moved.items() if key not in buffers}
         print(f"{title}: {group}'s parameters {worst(parameters)}, running statistics {worst(buffers)}")
-    print(f"{title}: {len(found.frozen)} averages that only rounding moves there, here by {worst(found.frozen)}")
+    print(f"{title}: {len(found.frozen)} frozen averages, which rounding moves there, {worst(found.frozen)}")
 
 
 def main(folder: Path, names: list[str], image_seed: int) -> None:
