@@ -7,14 +7,14 @@ from torchvision.transforms import v2
 
 from boxteacher.precision import full_precision
 
-_BLUR_KERNEL = 9
+_BLUR_KERNEL = 3  # pixels, as in the released code
 
 
 class StrongAugmentation(nn.Module):
     """Photometric augmentation, sampled for each image by itself and computed on the image's device.
 
     Color jitter (brightness, contrast, saturation 0.4, hue 0.1) with probability 0.8, grayscale with 0.2,
-    Gaussian blur (sigma 0.1 to 2 pixels) with 0.5, as in BoxTeacher, Sec. 4.1.
+    Gaussian blur (3 × 3, sigma 0.1 to 2 pixels) with 0.5, as in BoxTeacher, Sec. 4.1.
 
     Args:
         blur: probability of the blur, in [0, 1].

@@ -18,6 +18,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 def ema_momentum(step: int, maximum: float = 0.999) -> float:
     """min(maximum, 1 − 1/(step + 1)): a plain mean at first, then an exponential one.
 
+    A teacher that begins as a copy of the student has had update 0, which is a copy.
+
     Args:
         step: number of updates before this one, at least 0.
         maximum: limit of the momentum, in [0, 1].
@@ -26,8 +28,8 @@ def ema_momentum(step: int, maximum: float = 0.999) -> float:
 
 
 @torch.no_grad()
-def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher ← momentum · teacher + (1 − momentum) · student, buffers included (BoxTeacher, Eq. 1).
+def update_ema(teacher: nn.Module, student: nn.Module, momentum: float, *, buffers: bool = True) -> None:
+    """teacher ← momentum · teacher + (1 − momentum) · student (BoxTeacher, Eq. 1).
 
     Entries that are not floating point (counters) are copied. One fused pass per device and dtype.
 
@@ -35,10 +37,11 @@ def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
         teacher: module of the same architecture as `student`; changed in place.
         student: module that is left unchanged.
         momentum: weight of the teacher, in [0, 1].
+        buffers: whether buffers are averaged too, or stay the teacher's own.
     """
     groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]]
     groups = defaultdict(lambda: ([], []))
-    for ours, theirs in zip(_tensors(teacher), _tensors(student), strict=True):
+    for ours, theirs in zip(_tensors(teacher, buffers), _tensors(student, buffers), strict=True):
         teachers, students = groups[ours.device, ours.dtype]
         teachers.append(ours)
         students.append(theirs)
@@ -50,8 +53,8 @@ def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
             torch._foreach_copy_(teachers, students)
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
+def _tensors(module: nn.Module, buffers: bool) -> list[Tensor]:
+    return [*module.parameters(), *(module.buffers() if buffers else ())]
 
 
 class StepCounter:

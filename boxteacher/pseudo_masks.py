@@ -1,6 +1,8 @@
 """The EMA teacher as a source of pseudo masks: candidates → assignment → decoded masks → confidence."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, cast
 
 import torch
@@ -15,7 +17,7 @@ from boxteacher.precision import autocast_to
 from boxteacher.protocol import PseudoMaskProvider, PseudoMasks, Target
 from boxteacher.scoring import ConfidenceFormula, mask_confidence, mask_quality, ranking_score
 from boxteacher.targets import cells_inside, flat_targets
-from boxteacher.validation import check_choice, check_mask_logits, check_range
+from boxteacher.validation import check_batch_norms, check_choice, check_mask_logits, check_range
 from boxteacher.view import TeacherView, check_image_size
 
 _MASK_THRESHOLD = 0.5
@@ -43,11 +45,14 @@ class EMATeacher(nn.Module):
             in the released code, which costs far more and changes little.
         image_size: shortest side and maximum longest side in pixels to which the images are resized, as in
             the released code; they are left as they are if not given.
+        mode: mode of the network's layers while it labels. "eval" uses running statistics, which are averaged
+            with the weights. "train", as in the released code, uses the batch's; running statistics are then
+            the teacher's own, of the images that it sees, and only parameters are averaged.
         dtype: type that the teacher computes in, by autocast, such as `torch.bfloat16`; that of the rest of
             the step if not given.
 
     Attributes:
-        model: the averaged segmenter, in evaluation mode.
+        model: the averaged segmenter, in evaluation mode whenever it does not label.
 
     Raises:
         ProtocolError: `segmenter` lacks a part of `PseudoMaskProvider`; the message names it.
@@ -64,6 +69,7 @@ class EMATeacher(nn.Module):
         confidence: ConfidenceFormula = "released",
         quality_at: Literal["grid", "image"] = "grid",
         image_size: tuple[int, int] | None = None,
+        mode: Literal["eval", "train"] = "eval",
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -73,6 +79,7 @@ class EMATeacher(nn.Module):
         check_choice("confidence", confidence, ("released", "paper"))
         check_choice("quality_at", quality_at, ("grid", "image"))
         check_image_size(image_size)
+        check_choice("mode", mode, ("eval", "train"))
         check_choice("dtype", dtype, (None, torch.bfloat16, torch.float16))
         self.model = copy.deepcopy(as_provider(segmenter)).requires_grad_(False).eval()
         self.momentum = momentum
@@ -81,6 +88,7 @@ class EMATeacher(nn.Module):
         self.confidence: ConfidenceFormula = confidence
         self.quality_at: Literal["grid", "image"] = quality_at
         self.image_size = image_size
+        self.mode: Literal["eval", "train"] = mode
         self.dtype = dtype
 
     @property
@@ -100,9 +108,26 @@ class EMATeacher(nn.Module):
         return self.momentum < 1
 
     def update(self, student: nn.Module, step: int) -> None:
-        """Moves the average towards `student`, after `step` earlier updates (BoxTeacher, Eq. 1)."""
+        """Moves the average towards `student`, which has taken `step` optimizer steps (BoxTeacher, Eq. 1)."""
         if self.follows_student:
-            update_ema(self.model, student, ema_momentum(step, self.momentum))
+            momentum = ema_momentum(step, self.momentum)
+            update_ema(self.model, student, momentum, buffers=self.mode == "eval")
+
+    @contextmanager
+    def _labeling(self, images: list[Tensor]) -> Iterator[None]:
+        """Puts the network's layers in the teacher's mode for these images, and back."""
+        if self.mode == "eval":
+            yield
+            return
+        self.model.train()
+        for module in self.model.modules():
+            # What is made of layers stays in evaluation mode: torchvision's detectors would ask for targets.
+            module.training = module.training and not list(module.children())
+        try:
+            check_batch_norms(self.model, images, self.provider.size_divisor)
+            yield
+        finally:
+            self.model.eval()
 
     @torch.no_grad()
     def forward(self, images: list[Tensor], targets: list[Target], grid: MaskGrid) -> PseudoMasks:
@@ -120,7 +145,7 @@ class EMATeacher(nn.Module):
         if len(boxes) == 0:
             return PseudoMasks(boxes.new_zeros(0, *grid.shape), boxes.new_zeros(0))
         view = TeacherView(images, self.image_size)
-        with autocast_to(self.dtype, boxes.device):
+        with autocast_to(self.dtype, boxes.device), self._labeling(view.images):
             candidates = self.provider.forward_teacher(view.images)
 
             # Box-based assignment (Alg. 1). Masks are decoded only for the P pairs of candidate and box that

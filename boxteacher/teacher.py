@@ -172,7 +172,7 @@ class BoxTeacher(TrainingWrapper):
     def synchronize(self) -> None:
         """Lets an EMA teacher follow the optimizer step since the last call; forward passes do it."""
         if self._counter.advance() and isinstance(self.teacher, EMATeacher):
-            self.teacher.update(self.student, self._counter.steps - 1)
+            self.teacher.update(self.student, self._counter.steps)
 
     @property
     def segmenter(self) -> nn.Module:

@@ -57,22 +57,24 @@ class TeacherView:
         Returns:
             (P, H, W) in [0, 1].
         """
-        pixels = upsample_aligned(probabilities[:, None], mask_stride)  # (P, 1, H', W')
+        pixels = upsample_aligned(probabilities[:, None], mask_stride)[:, 0]  # (P, H', W')
         height, width = padded_size
         row = torch.arange(height, device=pixels.device)
         column = torch.arange(width, device=pixels.device)
         sizes = _sizes(self._originals)[image_index]  # (P, 2)
         inside = (row < sizes[:, :1])[:, :, None] & (column < sizes[:, 1:])[:, None, :]  # (P, H, W)
         if not self._is_resized:
-            more_rows, more_columns = height - pixels.shape[-2], width - pixels.shape[-1]
-            return F.pad(pixels[:, 0], (0, more_columns, 0, more_rows)) * inside
-        view_sizes = _sizes(self.images)[image_index]  # (P, 2)
-        y = _sampling_points(row, sizes[:, 0], view_sizes[:, 0], pixels.shape[-2])  # (P, H)
-        x = _sampling_points(column, sizes[:, 1], view_sizes[:, 1], pixels.shape[-1])  # (P, W)
-        points = torch.stack(
-            [x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], 3
-        )  # (P, H, W, 2)
-        return F.grid_sample(pixels, points, align_corners=False)[:, 0] * inside
+            more_rows, more_columns = height - pixels.shape[1], width - pixels.shape[2]
+            return F.pad(pixels, (0, more_columns, 0, more_rows)) * inside
+        scaled = _sizes(self.images)[image_index]  # (P, 2)
+        top, down = _cell_and_weight(row, sizes[:, 0], scaled[:, 0])  # (P, H) each
+        left, right = _cell_and_weight(column, sizes[:, 1], scaled[:, 1])  # (P, W) each
+        mask = torch.arange(len(pixels), device=pixels.device)[:, None]  # (P, 1)
+        below = (top + 1).clamp(max=pixels.shape[1] - 1)
+        beside = (left + 1).clamp(max=pixels.shape[2] - 1)
+        rows = pixels[mask, top].lerp_(pixels[mask, below], down[:, :, None])  # (P, H, W')
+        left, beside = (each[:, None].expand(-1, height, -1) for each in (left, beside))
+        return rows.gather(2, left).lerp_(rows.gather(2, beside), right[:, None]) * inside
 
 
 def _sizes(images: Sequence[Tensor]) -> Tensor:
@@ -81,14 +83,24 @@ def _sizes(images: Sequence[Tensor]) -> Tensor:
     return sizes.to(images[0].device, non_blocking=True)
 
 
-def _sampling_points(pixel: Tensor, size: Tensor, view_size: Tensor, padded: int) -> Tensor:
-    """Coordinates (P, N) for `grid_sample`: of pixels (N,) of images (P,) in the teacher's padded batch.
+def _cell_and_weight(pixel: Tensor, size: Tensor, view_size: Tensor) -> tuple[Tensor, Tensor]:
+    """The teacher's pixel at or before each of the student's, and the weight of the one after it, in [0, 1).
 
-    Pixels beyond the outermost ones of the teacher's image get the coordinate of those.
+    Where nothing is resized the weights are exactly 0. `grid_sample`, whose coordinates are fractions of the
+    map's size, rounds them, and so moves probabilities across the threshold of a mask.
+
+    Args:
+        pixel: (N,) of the student's images, on one axis.
+        size: (P,) of the student's images.
+        view_size: (P,) of the teacher's images, whose outermost pixels stand for all beyond them.
+
+    Returns:
+        (P, N) int64 and (P, N).
     """
-    place = (pixel + 0.5) * (view_size / size)[:, None] - 0.5  # (P, N) in the teacher's pixels
-    place = place.clamp(min=0).minimum(view_size[:, None] - 1)
-    return (2 * place + 1) / padded - 1
+    position = (pixel + 0.5) * (view_size / size)[:, None] - 0.5  # (P, N) in the teacher's pixels
+    position = position.clamp(min=0).minimum(view_size[:, None] - 1)
+    cell = position.floor()
+    return cell.long(), position - cell
 
 
 def check_image_size(size: object) -> None:

@@ -14,8 +14,7 @@ from boxteacher.engine.segmenters import build_segmenter
 from boxteacher.engine.weights import fill
 from boxteacher.grid import pad_images
 from boxteacher_adapters.checkpoints import SCALES, condinst_name, recognize
-from tests.released_support import Shapes, only, released_shapes, stand_in_checkpoint
-from tests.support import reference
+from tests.released_support import Shapes, only, released_shapes, rendered_images, stand_in_checkpoint
 
 LOSSES = {
     "loss_classification": "fcos_cls",
@@ -38,20 +37,24 @@ class Released:
     teacher: nn.Module
 
 
-def load_released(name: str, folder: Path, noise: float = 0.0) -> Released:
+def load_released(name: str, folder: Path, noise: float = 0.0, image_seed: int = 0) -> Released:
     """The numbers and networks of r50, r101, r101_dcn or swin-base; `folder` holds `forward_NAME.npz`.
 
-    With `noise`, the pixels differ randomly by that part of their value.
+    With `noise`, the pixels differ randomly by that part of their value. The numbers are those of the images
+    of `image_seed`.
     """
     with np.load(folder / f"forward_{name}.npz") as arrays:
         numbers = {key: torch.from_numpy(arrays[key]) for key in arrays.files if key != "adjust"}
     shapes = released_shapes(name)
     return Released(
-        numbers, images(noise), _network(only("student", shapes)), _network(only("teacher", shapes))
+        numbers,
+        noisy_images(image_seed, noise),
+        released_network(only("student", shapes)),
+        released_network(only("teacher", shapes)),
     )
 
 
-def _network(shapes: Shapes) -> nn.Module:
+def released_network(shapes: Shapes) -> nn.Module:
     path = Path("released.pth")
     whole = recognize(stand_in_checkpoint(shapes), path)
     segmenter = build_segmenter(
@@ -62,11 +65,12 @@ def _network(shapes: Shapes) -> nn.Module:
     return segmenter.eval()
 
 
-def images(noise: float = 0.0) -> list[Tensor]:
-    array = reference("forward_solov2_r50")  # the same two for every network
+def noisy_images(seed: int, noise: float) -> list[Tensor]:
+    """The images of a seed, whose pixels differ randomly by `noise` of their value."""
     generator = torch.Generator().manual_seed(0)
-    pixels = [array(f"image_{i}") / 255 for i in range(2)]
-    return [each * (1 + noise * torch.randn(each.shape, generator=generator)) for each in pixels]
+    return [
+        each * (1 + noise * torch.randn(each.shape, generator=generator)) for each in rendered_images(seed)
+    ]
 
 
 def difference(actual: Tensor, wanted: Tensor) -> float:

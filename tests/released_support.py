@@ -61,6 +61,29 @@ def _adjusted(key: str, value: Tensor) -> Tensor:
     return 2 * value if key.endswith("controller.weight") else value
 
 
+def rendered_images(seed: int) -> list[Tensor]:
+    """The two images (3, 128, 160) and (3, 112, 144), RGB in [0, 1], that numbers with this seed came from.
+
+    Five soft discs on a gradient, in whole bytes.
+    """
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return [_rendered(height, width, generator) / 255 for height, width in ((128, 160), (112, 144))]
+
+
+def _rendered(height: int, width: int, generator: torch.Generator) -> Tensor:
+    down = torch.linspace(0, 1, height)[:, None]  # (H, 1)
+    across = torch.linspace(0, 1, width)  # (W,)
+    ramps = torch.stack([across.expand(height, -1), down.expand(-1, width), across * down])
+    image = 80 * ramps + 60  # (3, H, W)
+    for _ in range(5):
+        middle_y, middle_x, size = torch.rand(3, generator=generator).tolist()
+        color = 255 * torch.rand(3, generator=generator)
+        distance = ((down - middle_y).square() + (across - middle_x).square()).sqrt()  # (H, W)
+        inside = ((0.08 + 0.12 * size - distance) * 40).sigmoid()
+        image = image * (1 - inside) + color[:, None, None] * inside
+    return image.clamp(0, 255).round()
+
+
 def stand_in_checkpoint(shapes: Shapes) -> dict[str, Tensor]:
     return {key: stand_in(key, shape) for key, shape in shapes.items()}
 

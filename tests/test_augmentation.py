@@ -96,3 +96,16 @@ def test_augmentation_changes_no_geometry():
     visible = steps.amax(1) > 1e-3
     assert visible.sum() > 30
     assert (steps[visible].argmax(1) == 11).all()
+
+
+def test_the_blur_reaches_the_next_pixel_and_no_further():
+    """A single bright pixel becomes at most 3 × 3, as in the released code."""
+    image = torch.zeros(3, 9, 9)
+    image[:, 4, 4] = 1
+    augment = StrongAugmentation(blur=1.0)
+    augment.color = torch.nn.Identity()
+    torch.manual_seed(0)
+    seen = torch.stack(augment([image] * 20)).amax((0, 1)) > 0  # (9, 9)
+    expected = torch.zeros(9, 9, dtype=torch.bool)
+    expected[3:6, 3:6] = True
+    assert torch.equal(seen, expected)

@@ -47,6 +47,15 @@ def test_every_tensor_is_updated_by_the_formula(momentum):
         assert torch.equal(value, theirs[name])
 
 
+def test_buffers_can_stay_the_teacher_s_own():
+    teacher, student = Mixed(1), Mixed(2)
+    before = copy.deepcopy(dict(teacher.named_buffers()))
+    update_ema(teacher, student, 0.0, buffers=False)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.named_buffers())
+    theirs = dict(student.named_parameters())
+    assert all(torch.equal(value, theirs[name]) for name, value in teacher.named_parameters())
+
+
 def test_without_momentum_the_teacher_is_a_copy():
     teacher, student = Mixed(1), Mixed(2)
     update_ema(teacher, student, 0.0)

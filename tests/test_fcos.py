@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -82,7 +84,7 @@ def test_locations_are_matched_as_by_a_loop(rows, sizes):
     st.integers(0, 1000),
 )
 def test_too_many_positives_are_cut_fairly(rows, max_samples, seed):
-    """Each target of a crowded image keeps the same number of its best locations."""
+    """Each target keeps its best locations, up to the same number for all targets of its image."""
     # Image 1's targets come after the four of image 0.
     index = torch.tensor([rows[0], [n + 4 if n >= 0 else -1 for n in rows[1]]])
     generator = torch.Generator().manual_seed(seed)
@@ -96,7 +98,7 @@ def test_too_many_positives_are_cut_fairly(rows, max_samples, seed):
     for b in range(2):
         positives = [i for i in range(12) if index[b, i] >= 0]
         own_targets = {int(index[b, i]) for i in positives}
-        share = max(1, max_samples // len(own_targets)) if len(positives) > max_samples else 12
+        share = max(1, max_samples // max(1, len(own_targets)))
         expected = set()
         for n in own_targets:
             best = sorted((i for i in positives if index[b, i] == n), key=lambda i: -score[b, i])
@@ -205,3 +207,35 @@ def test_detections_are_few_good_first_and_no_duplicates():
         assert boxes[:, 1::2].max() <= height
         assert set(labels.tolist()) <= {0, 1, 2}
     assert (found.image_index.diff() >= 0).all()
+
+
+def part_of_losses(images: list[int]) -> dict[str, torch.Tensor]:
+    """FCOS's losses of some of three images, of which the last has no positive location."""
+    generator = torch.Generator().manual_seed(0)
+    logits, distances = (
+        torch.randn(3, 6, 2, generator=generator),
+        torch.rand(3, 6, 4, generator=generator) + 1,
+    )
+    center, sides = torch.randn(3, 6, generator=generator), torch.rand(3, 6, 4, generator=generator) + 1
+    index = torch.tensor([[0, 0, 1, -1, -1, -1], [2, -1, -1, -1, -1, -1], [-1] * 6])
+    labels = torch.where(index < 0, 2, index % 2)
+    predictions = DensePredictions(
+        logits[images], distances[images], center[images], torch.zeros(len(images), 6, 1)
+    )
+    return fcos_losses(predictions, DenseTargets(index[images], labels[images], sides[images]))
+
+
+def losses_of_process(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.save(part_of_losses([[0], [1, 2]][rank]), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_losses_are_normalized_over_all_processes(tmp_path):
+    """The mean of two processes' losses, whose gradient data-parallel training takes, is the whole batch's."""
+    mp.start_processes(losses_of_process, (str(tmp_path),), nprocs=2, start_method="fork")
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, expected in part_of_losses([0, 1, 2]).items():
+        assert_close((first[name] + second[name]) / 2, expected)
+        assert (first[name] - expected).abs() > 1e-2

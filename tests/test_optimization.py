@@ -109,6 +109,17 @@ def test_only_weights_of_linear_and_convolutional_layers_decay(optimizer):
     }
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_all_parameters_decay_if_asked(optimizer):
+    model = Tiny()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+            parameter.grad = torch.zeros_like(parameter)
+    build_optimizer(model, made(optimizer=optimizer, lr=0.5, weight_decay=0.25, decayed="all")).step()
+    assert all(torch.equal(p, torch.full_like(p, 1 - 0.5 * 0.25)) for p in model.parameters())
+
+
 def test_sgd_has_the_momentum_of_the_published_schedules():
     """Under a constant gradient of 1 the steps are lr · (1, 1 + 0.9, …)."""
     model = nn.Conv2d(1, 1, 1)

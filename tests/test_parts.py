@@ -49,7 +49,7 @@ def test_rank_in_group_counts_the_better_ones_of_the_group(rows):
     ),
     st.integers(1, 12),
 )
-def test_targets_of_a_crowded_image_share_evenly_and_the_best_stay(rows, max_samples):
+def test_an_image_s_targets_share_evenly_and_the_best_stay(rows, max_samples):
     image = torch.tensor([row[0] for row in rows], dtype=torch.int64)
     target = torch.tensor([10 * row[0] + row[1] for row in rows], dtype=torch.int64)
     score = torch.tensor([row[2] for row in rows])
@@ -58,7 +58,7 @@ def test_targets_of_a_crowded_image_share_evenly_and_the_best_stay(rows, max_sam
     for b in range(4):
         mine = [i for i, row in enumerate(rows) if row[0] == b]
         targets = {rows[i][1] for i in mine}
-        share = len(mine) if len(mine) <= max_samples else max(1, max_samples // len(targets))
+        share = max(1, max_samples // max(1, len(targets)))
         for n in targets:
             of_target = sorted((i for i in mine if rows[i][1] == n), key=lambda i: -rows[i][2])
             expected += of_target[:share]

@@ -1,11 +1,14 @@
 """Pseudo masks: the candidate of each box, the mask that is decoded for it, and its confidence."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from boxteacher import InputError
+from boxteacher.engine.segmenters import build_segmenter, segmenter_names
 from boxteacher.grid import mask_grid
 from boxteacher.targets import box_masks, grid_targets
 from tests.support import (
@@ -138,6 +141,47 @@ def test_a_candidate_of_another_image_is_never_used():
     assert not model.last_pseudo_masks.masks.any()
     assert model.last_pseudo_masks.confidence.tolist() == [0, 0, 0]
     assert losses["loss_pixel"] == losses["loss_affinity"] == 0
+
+
+def test_a_teacher_in_training_mode_labels_with_the_batch_s_statistics_and_keeps_its_own():
+    """Its running statistics are those of the images as they are; only parameters are averaged."""
+    model = teacher_of(PLAN, mode="train", momentum=0.0)
+    network, own = model.teacher.model, copy.deepcopy(model.teacher.model)
+    optimizer = torch.optim.SGD(model.student.parameters(), lr=0.1)
+    images = [image / 2 for image in IMAGES]
+    for batch in (images, IMAGES):
+        losses = model(batch, TARGETS)
+        own.train().maps(batch)
+        assert not any(module.training for module in network.modules())
+        assert_close(network.norm.running_mean, own.norm.running_mean)
+        assert_close(network.norm.running_var, own.norm.running_var)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        own.load_state_dict(dict(model.student.named_parameters()), strict=False)
+        model.synchronize()
+        assert torch.equal(network.norm.weight, model.student.norm.weight)
+    assert model.student.norm.num_batches_tracked == network.norm.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("name", segmenter_names())
+def test_every_segmenter_s_teacher_can_label_in_training_mode(name):
+    segmenter = build_segmenter(name, 3, backbone="resnet18", weights="none", image_size=96)
+    model = box_teacher(segmenter, mode="train").train()
+    before = model.teacher.state_dict()
+    before = {key: value.clone() for key, value in before.items()}
+    losses = model([torch.rand(3, 96, 96)] * 2, [target((4, 4, 60, 60))] * 2)
+    assert all(loss.isfinite() for loss in losses.values())
+    moved = {key for key, value in model.teacher.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved
+    assert all("running" in key or "num_batches" in key for key in moved)
+
+
+def test_a_teacher_in_training_mode_refuses_a_batch_of_one_cell():
+    model = teacher_of(script(), mode="train", image_size=(16, 16))
+    with pytest.raises(InputError, match="batch of one image of"):
+        model([torch.rand(3, 32, 32)], [target((4, 4, 30, 30))])
+    assert not model.teacher.model.training
 
 
 def test_the_score_threshold_is_exclusive():

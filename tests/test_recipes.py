@@ -65,7 +65,8 @@ def test_a_published_recipe_has_the_published_settings(name):
     backbone, schedule, optimizer, val, test_dev = PUBLISHED[name]
     expected = {"model": "condinst", "backbone": backbone, "mask_samples": 64, **schedule, **optimizer}
     expected |= {"batch_size": 16, "shortest_side": SIDES, "image_size": 1333, "lr_warmup_steps": 1000}
-    expected |= {"teacher_size": (800, 1333), "quality_at": "image"}
+    expected |= {"teacher_size": (800, 1333), "quality_at": "image", "teacher_mode": "train"}
+    expected |= {"score_threshold": pytest.approx(0.05**0.5), "decayed": "all", "gradient_clip": 0.0}
     made = settings_of(name)
     assert differing(made, expected) == {}
     assert (made.supervision, made.weights) == ("teacher", "imagenet")

@@ -46,6 +46,18 @@ def test_masks_of_another_scale_equal_interpolated_ones():
         assert ours[:, sizes[i][1] :].abs().max() == 0
 
 
+@pytest.mark.parametrize("size", [(48, 80), (50, 97), (62, 106)])
+def test_masks_of_an_image_that_keeps_its_size_are_mapped_back_exactly(size):
+    """The second image is resized; the first is not, and its probabilities stay the same to the last bit."""
+    view = TeacherView([torch.rand(3, *size), torch.rand(3, 30, 40)], size)
+    assert view.images[0].shape[-2:] == size != view.images[1].shape[-2:]
+    torch.manual_seed(0)
+    masks = torch.rand(4, *view.mask_grid(4, 32).shape)
+    found = view.masks_at_pixels(masks, torch.tensor([0, 1, 0, 0]), 4, (64, 128))
+    expected = upsample_aligned(masks[:, None], 4)[[0, 2, 3], 0, : size[0], : size[1]]
+    assert torch.equal(found[[0, 2, 3], : size[0], : size[1]], expected)
+
+
 def test_boxes_of_another_scale_are_mapped_back():
     view = TeacherView(seeded_images((40, 60), (64, 48)), (80, 1000))
     boxes = torch.tensor([[10.0, 20.0, 30.0, 40.0]]).repeat(2, 1)

@@ -225,8 +225,8 @@ def sample_positives(
 ) -> tuple[Tensor, Tensor]:
     """Image index and location (M,) of the positive locations whose masks are predicted in training.
 
-    Where an image has more than `max_samples`, its targets share the number evenly, and the locations with
-    the highest class probability times centerness are kept.
+    An image's targets share `max_samples` evenly; each keeps its locations with the highest class probability
+    times centerness, as in CondInst's released code.
     """
     image_index, location = (targets.target_index >= 0).nonzero(as_tuple=True)  # (P,) each
     probability = predictions.class_logits[image_index, location].float().sigmoid().amax(1)  # (P,)

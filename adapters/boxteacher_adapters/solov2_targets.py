@@ -142,8 +142,8 @@ def _near(cell: Tensor, grid: Tensor, center: Tensor, reach: Tensor, length: int
 def sample_positives(matches: GridMatches, logits: Tensor, max_samples: int) -> tuple[Tensor, Tensor]:
     """Target and cell (M,) of the positives whose masks are predicted in training.
 
-    Where an image has more than `max_samples`, its targets share the number evenly, and the cells with the
-    highest probability of the target's class are kept; every target that has a positive cell keeps one.
+    An image's targets share `max_samples` evenly; each keeps its cells with the highest probability of its
+    class, and at least one if it has a positive cell.
 
     Args:
         matches: of T targets in B images.

@@ -24,8 +24,8 @@ _SGD_MOMENTUM = 0.9
 def build_optimizer(student: nn.Module, settings: TrainSettings) -> Optimizer:
     """AdamW or SGD for the parameters that are trained.
 
-    Only the weights of linear and convolutional layers decay. Biases, norms, and learned queries, anchors and
-    embeddings do not: weight decay would make these equal to one another.
+    By default only the weights of linear and convolutional layers decay. Biases, norms, and learned queries,
+    anchors and embeddings do not: weight decay would make these equal to one another.
 
     Raises:
         InputError: `backbone_lr_factor` is not 1, and `student` has no `backbone` that is trained.
@@ -41,6 +41,8 @@ def build_optimizer(student: nn.Module, settings: TrainSettings) -> Optimizer:
         )
 
     def decays(name: str, parameter: nn.Parameter) -> bool:
+        if settings.decayed == "all":
+            return True
         return parameter.ndim > 1 and name.endswith("weight") and id(parameter) not in embeddings
 
     groups = [

@@ -75,8 +75,10 @@ class TrainSettings:
         default_text="none: cosine decay to 0",
         minimum=1,
     )
-    weight_decay: float = option(
-        0.05, help="weight decay of the weights of linear and convolutional layers", minimum=0
+    weight_decay: float = option(0.05, help="weight decay", minimum=0)
+    decayed: Literal["weights", "all"] = option(
+        "weights",
+        help="parameters that decay: weights of linear and convolutional layers, or all",
     )
     gradient_clip: float = option(10.0, help="maximum norm of the gradient; 0: no clipping", minimum=0)
 
@@ -125,6 +127,9 @@ class TrainSettings:
     iou_threshold: float = option(
         0.5, help="minimum IoU of a candidate's box with the box it is assigned to", above=0, maximum=1
     )
+    score_threshold: float = option(
+        0.0, help="score that the teacher's candidates must exceed", minimum=0, maximum=1
+    )
     quality_at: Literal["grid", "image"] = option(
         "grid", help="place where the quality of pseudo masks is measured: mask grid or image's pixels"
     )
@@ -134,6 +139,11 @@ class TrainSettings:
         metavar="PIXELS",
         default_text="as the student's",
         minimum=1,
+    )
+    teacher_mode: Literal["eval", "train"] = option(
+        "eval",
+        help="mode of the teacher's network: eval, or train, which labels with the batch's statistics and "
+        "averages parameters only",
     )
     teacher_dtype: Literal["float32", "bfloat16"] = option(
         "float32", help="dtype of the teacher's forward pass"

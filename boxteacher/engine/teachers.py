@@ -63,7 +63,9 @@ def build_teacher(segmenter: nn.Module, settings: TrainSettings) -> PseudoMaskSo
         segmenter,
         momentum=settings.momentum,
         iou_threshold=settings.iou_threshold,
+        score_threshold=settings.score_threshold,
         quality_at=settings.quality_at,
         image_size=size,
+        mode=settings.teacher_mode,
         dtype=dtype,
     )

@@ -28,5 +28,9 @@ RELEASED_CONDINST = {
     "model": "condinst",
     "mask_samples": 64,
     "teacher_size": (800, 1333),
+    "teacher_mode": "train",
     "quality_at": "image",
+    "score_threshold": 0.05**0.5,  # of √(class · centerness)
+    "decayed": "all",
+    "gradient_clip": 0.0,
 }

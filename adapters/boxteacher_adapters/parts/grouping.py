@@ -26,10 +26,10 @@ def rank_in_group(group: Tensor, score: Tensor) -> Tensor:
 def share_evenly(
     image_index: Tensor, target_index: Tensor, score: Tensor, num_images: int, max_samples: int
 ) -> Tensor:
-    """Samples that are kept where an image has more positive samples than `max_samples`.
+    """Samples that are kept: at most `max_samples` per image, shared evenly by its targets.
 
-    Such an image keeps the same number of samples of each of its targets, those with the highest scores. A
-    target keeps at least one, even if an image has more targets than `max_samples`.
+    A target keeps those with the highest scores, up to `max_samples` over the number of targets of its image
+    that have a sample, and at least one, even if an image has more targets than `max_samples`.
 
     Args:
         image_index: (P,) int64 of each sample, in 0 … num_images − 1.
@@ -43,7 +43,6 @@ def share_evenly(
     """
     rank = rank_in_group(target_index, score)  # (P,)
     zeros = torch.zeros(num_images, dtype=torch.int64, device=rank.device)
-    samples = zeros.index_add(0, image_index, torch.ones_like(rank))  # (num_images,)
     targets = zeros.index_add(0, image_index, (rank == 0).to(rank))  # (num_images,) that have a sample
     share = (max_samples // targets.clamp(min=1)).clamp(min=1)
-    return ((samples <= max_samples)[image_index] | (rank < share[image_index])).nonzero()[:, 0]
+    return (rank < share[image_index]).nonzero()[:, 0]
