@@ -46,6 +46,8 @@ class Evaluation:
 def evaluate(checkpoint: Path, data: Path, *, device: str = "auto", workers: int = 2) -> Evaluation:
     """Evaluates a checkpoint on the validation split of `data`, and writes `metrics.json` beside it.
 
+    Where that file cannot be written, a warning is logged.
+
     Raises:
         InputError: the checkpoint or the data cannot be used.
     """
@@ -60,7 +62,10 @@ def evaluate(checkpoint: Path, data: Path, *, device: str = "auto", workers: int
         workers=workers,
     )
     text = json.dumps(evaluation.metrics) + "\n"
-    write_atomically(checkpoint.parent / "metrics.json", lambda path: path.write_text(text))
+    try:
+        write_atomically(checkpoint.parent / "metrics.json", lambda path: path.write_text(text))
+    except OSError as error:  # of a folder that is read-only: the figures are worth more than the file
+        logger.warning("the figures are not saved: %s", error)
     return evaluation
 
 

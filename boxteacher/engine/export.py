@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import resize
 
 from boxteacher.data.images import read_image
 from boxteacher.engine.checkpoint import load_checkpoint
-from boxteacher.engine.files import check_new_file, write_atomically
+from boxteacher.engine.files import check_new_file, write_atomically, write_tensors
 from boxteacher.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _check_output(output: Path) -> None:
 
 
 def _write_state(network: SingleImage, size: tuple[int, int], path: Path) -> _Network:
-    torch.save(network.segmenter.state_dict(), path)
+    write_tensors(path, network.segmenter.state_dict())
     reloaded = copy.deepcopy(network)
     reloaded.segmenter.load_state_dict(torch.load(path, weights_only=True))
     return reloaded
@@ -113,8 +113,9 @@ def _write_state(network: SingleImage, size: tuple[int, int], path: Path) -> _Ne
 
 def _write_program(network: SingleImage, size: tuple[int, int], path: Path) -> _Network:
     program = _trace(network, size)
-    with path.open("wb") as file:  # given a path, torch.export expects the suffix .pt2
-        torch.export.save(program, file)
+    buffer = io.BytesIO()  # torch's own writer ends the process where the disk is full
+    torch.export.save(program, buffer)
+    path.write_bytes(buffer.getbuffer())
     with path.open("rb") as file:
         return torch.export.load(file).module()
 
@@ -137,6 +138,8 @@ def _write_onnx(network: SingleImage, size: tuple[int, int], path: Path) -> _Net
             )
         translated.save(path, external_data=False)
         session: Any = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except OSError:  # of the file
+        raise
     except Exception as error:  # exporter and runtime raise errors of many types for a missing operator
         raise InputError(
             f"{_name(network)} cannot be exported to ONNX ({_summary(error)}): export .pt2, or weights as .pt"

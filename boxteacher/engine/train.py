@@ -10,7 +10,7 @@ from boxteacher.engine.batches import check_queries, check_validation_split, tra
 from boxteacher.engine.checkpoint import SegmenterInfo
 from boxteacher.engine.optimization import build_optimizer, build_schedule
 from boxteacher.engine.progress import TrainingLog
-from boxteacher.engine.run import RunState, new_checkpoint, save_if_due, write_settings
+from boxteacher.engine.run import RunState, new_checkpoint, noting_what_is_kept, run_folder, save_if_due
 from boxteacher.engine.settings import TrainSettings
 from boxteacher.engine.step import take_step
 from boxteacher.engine.weights import build_with_weights
@@ -22,11 +22,15 @@ from boxteacher.teacher import BoxTeacher
 def train(settings: TrainSettings) -> Path:
     """Trains a segmenter and returns the path of its checkpoint, `output/last.pt`.
 
-    The folder of the run also gets `settings.json`, and `log.jsonl` with a line per step.
+    The folder of the run also gets `settings.json`, `log.jsonl` with a line per step, and the file of its
+    lock. Whatever stops the run carries a note (`__notes__`) with its last step and the checkpoint that is
+    kept.
 
     Raises:
-        InputError: the data, the weights or the settings cannot be used; nothing was trained.
+        InputError: the data, the weights or the settings cannot be used, or another run is writing to the
+            folder; nothing was trained.
         FloatingPointError: a loss or the gradient is infinite or NaN; `last.pt` is the last good checkpoint.
+        OSError: the folder cannot be written to.
     """
     checkpoint = new_checkpoint(settings.output)
     torch.manual_seed(settings.seed)
@@ -56,8 +60,11 @@ def train(settings: TrainSettings) -> Path:
         data.index.category_ids,
         shortest_side=max(settings.shortest_side, default=None),
     )
-    write_settings(settings)
-    with TrainingLog(settings.output, settings.steps) as log:
+    with (
+        run_folder(settings),
+        noting_what_is_kept(state, checkpoint),
+        TrainingLog(settings.output, settings.steps) as log,
+    ):
         for images, targets in training_batches(data, settings, start=state.step):
             numbers = take_step(state, images, targets, settings.gradient_clip)
             log.write(state.step, numbers)
