@@ -3,7 +3,10 @@
 import importlib.util
 import json
 import logging
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,12 +48,10 @@ class TrainingLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        with naming(self._output):
-            self._file.close()
-            if self._board is not None:
-                self._board.close()
+        with naming(self._output), _no_thread_traces(), ExitStack() as closing:
+            for each in (self._file, self._bar, self._board):
+                if each is not None:
+                    closing.callback(each.close)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """Logs one step.
@@ -88,6 +89,17 @@ class TrainingLog:
             left = seconds / step * (self._steps - step)
             numbers = " ".join(f"{name}={value}" for name, value in short.items())
             logger.info("step %d/%d, %.0f s left: %s", step, self._steps, left, numbers)
+
+
+@contextmanager
+def _no_thread_traces() -> Iterator[None]:
+    """Silences TensorBoard's thread: what fails there on closing is raised in the main thread as well."""
+    hook = threading.excepthook
+    threading.excepthook = lambda failed: None
+    try:
+        yield
+    finally:
+        threading.excepthook = hook
 
 
 def _progress_bar(steps: int) -> Any:
