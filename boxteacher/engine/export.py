@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 from torchvision.transforms.v2.functional import resize
 
 from boxteacher.data.images import read_image
@@ -26,6 +27,9 @@ OUTPUTS = ("boxes", "labels", "scores", "masks")
 # Sums in another order change a probability by 1e-6 to 1e-5. Boxes that are the extents of masks change by
 # whole pixels, where a pixel's probability is nearly ½.
 _MAX_DIFFERENCE = {"boxes": 1.0, "labels": 0.0, "scores": 1e-3, "masks": 1e-3}
+
+# Earlier ones trace fewer segmenters, and their ONNX exporter takes no operators from outside or lacks some.
+_EXPORTING_TORCH = "2.7"
 
 _Outputs = tuple[Tensor, ...]  # those that `OUTPUTS` names
 _Network = Callable[[Tensor], _Outputs]
@@ -102,6 +106,15 @@ def _check_output(output: Path) -> None:
     ]
     if output.suffix == ".onnx" and missing:
         raise InputError(f"{output} needs {', '.join(missing)}: install boxteacher[export], or write a .pt2")
+    if output.suffix == ".onnx" and _is_old_torch():
+        raise InputError(
+            f"{output} needs torch {_EXPORTING_TORCH} or later, and this is {torch.__version__}: install "
+            "a later one, or write weights as .pt"
+        )
+
+
+def _is_old_torch() -> bool:
+    return TorchVersion(torch.__version__) < _EXPORTING_TORCH
 
 
 def _write_state(network: SingleImage, size: tuple[int, int], path: Path) -> _Network:
@@ -159,8 +172,9 @@ def _trace(network: SingleImage, size: tuple[int, int]) -> torch.export.Exported
         with torch.no_grad(), _quiet():
             return torch.export.export(network, (torch.zeros(3, *size),), strict=False)
     except Exception as error:  # tracing raises errors of many types
+        later = f"install torch {_EXPORTING_TORCH} or later, or " if _is_old_torch() else ""
         raise InputError(
-            f"{_name(network)} cannot be traced ({_summary(error)}): export weights as .pt"
+            f"{_name(network)} cannot be traced ({_summary(error)}): {later}export weights as .pt"
         ) from error
 
 
