@@ -15,27 +15,38 @@ from boxteacher.errors import InputError
 
 _EXIT_BAD_INPUT = 2
 _EXIT_DIVERGED = 3
+_EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 2 for bad input, 3 for a loss that is not finite."""
+    """Runs one command and returns its exit code.
+
+    It is 0, 2 for bad input or a file that cannot be read or written, 3 for a loss that is not finite, or 130
+    after Ctrl-C.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path that the terminal cannot show ends no command
         sys.stdout.reconfigure(errors="backslashreplace")
-    options = vars(_parser().parse_args(argv))
-    command = options.pop("command")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
+        options = vars(_parser().parse_args(argv))
+        command = options.pop("command")
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         command(**options)
     except InputError as error:
-        print(f"boxteacher: error: {_last_line(error)}", file=sys.stderr)
-        return _EXIT_BAD_INPUT
+        return _failed(f"error: {_last_line(error)}", error, _EXIT_BAD_INPUT)
     except OSError as error:
-        print(f"boxteacher: error: {error}: check the path, its permissions and the disk", file=sys.stderr)
-        return _EXIT_BAD_INPUT
+        message = f"error: {error}: check the path, its permissions and the disk"
+        return _failed(message, error, _EXIT_BAD_INPUT)
     except FloatingPointError as error:
-        print(f"boxteacher: stopped: {error}", file=sys.stderr)
-        return _EXIT_DIVERGED
+        return _failed(f"stopped: {error}", error, _EXIT_DIVERGED)
+    except KeyboardInterrupt as error:
+        return _failed("interrupted", error, _EXIT_INTERRUPTED)
     return 0
+
+
+def _failed(message: str, error: BaseException, code: int) -> int:
+    """Prints one line, with what a run has noted about its checkpoint, and returns the exit code."""
+    print("; ".join([f"boxteacher: {message}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+    return code
 
 
 def _last_line(error: InputError) -> str:

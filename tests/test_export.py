@@ -29,6 +29,9 @@ Network = Callable[[Tensor], tuple[Tensor, ...]]
 
 SIZE = (64, 96)
 BLACK = torch.zeros(3, *SIZE)
+needs_exporting_torch = pytest.mark.skipif(
+    export_module._is_old_torch(), reason=f"needs torch {export_module._EXPORTING_TORCH}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +94,7 @@ def assert_same_detections(eager: Network, exported: Network, images: list[Tenso
     return counts
 
 
+@needs_exporting_torch
 @pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "load"), [(".pt2", load_program), (".onnx", load_onnx)])
 def test_an_exported_condinst_gives_the_segmenter_s_detections(
@@ -126,6 +130,7 @@ def small_mask2former(body: Backbone) -> Mask2Former:
     return Mask2Former(body, 2, channels=32, num_queries=8, encoder_layers=1, decoder_layers=1)
 
 
+@needs_exporting_torch
 @pytest.mark.slow
 @pytest.mark.parametrize("build", [small_solov2, small_mask2former])
 def test_other_segmenters_can_be_traced(build):
@@ -225,11 +230,22 @@ def test_bad_input_is_named_in_one_line_and_leaves_no_file(checkpoint, tmp_path,
     assert list(tmp_path.iterdir()) == [kept]
 
 
+@pytest.mark.parametrize(("version", "refused"), [("2.4.0", True), ("2.6.0+cpu", True), ("2.14.1", False)])
+def test_onnx_names_the_torch_that_it_needs(checkpoint, tmp_path, capsys, monkeypatch, version, refused):
+    monkeypatch.setattr(torch, "__version__", version)
+    if refused:
+        message = error_of(arguments(checkpoint, tmp_path / "model.onnx"), capsys)
+        assert f"needs torch {export_module._EXPORTING_TORCH} or later, and this is {version}" in message
+    else:
+        export_module._check_output(tmp_path / "model.onnx")
+
+
 class _Suppress(nn.Module):
     def forward(self, boxes: Tensor, scores: Tensor, group: Tensor) -> Tensor:
         return suppress_in_groups(boxes, scores, group, 0.6)
 
 
+@needs_exporting_torch
 @pytest.mark.filterwarnings("ignore:`create_unbacked_symint` is deprecated:FutureWarning")  # torchvision's
 @pytest.mark.parametrize("count", [0, 1, 400])
 def test_traced_suppression_is_that_of_torchvision(count):
@@ -251,6 +267,7 @@ class _Order(nn.Module):
         return down, up.values, up.indices, torch.searchsorted(row, row)
 
 
+@needs_exporting_torch
 def test_onnx_operators_equal_torch_s_also_for_ties(tmp_path):
     values = torch.tensor([[2.0, 1, 2, 0, 1, 2], [5, 5, 5, 5, 5, 5], [0, 1, 0, 1, 0, 1]])
     program = torch.export.export(_Order(), (values,))

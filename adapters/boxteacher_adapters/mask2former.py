@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Self
 
 from boxteacher.adapter import (
     Candidates,
@@ -24,7 +25,7 @@ from boxteacher.adapter import (
     upsample_aligned,
 )
 from boxteacher_adapters.mask2former_decoder import MaskedAttentionDecoder, QueryPredictions
-from boxteacher_adapters.mask2former_matching import assign, matching_cost, matching_targets
+from boxteacher_adapters.mask2former_matching import assign, check_scipy, matching_cost, matching_targets
 from boxteacher_adapters.parts.backbones import Backbone, Weights, build_backbone
 from boxteacher_adapters.parts.maps import mask_boxes, mask_boxes_in_images
 from boxteacher_adapters.parts.pixel_decoder import PixelDecoder
@@ -75,6 +76,12 @@ class Mask2Former(Segmenter):
         self.decoder = MaskedAttentionDecoder(
             channels, num_classes, num_queries, decoder_layers, spatial_prior=spatial_prior
         )
+
+    def train(self, mode: bool = True) -> Self:
+        """As any module's; raises InputError if `mode` is True and scipy is not installed."""
+        if mode:  # said before the first step, for which a run would make its folder
+            check_scipy()
+        return super().train(mode)
 
     def detect(self, images: Sequence[Tensor]) -> list[Detections]:
         """Detections of images (3, H_i, W_i), with mask probabilities (K, 1, H_i, W_i).

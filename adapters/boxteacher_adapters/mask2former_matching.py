@@ -127,10 +127,7 @@ def assign(costs: Tensor, counts: Sequence[int]) -> Tensor:
     Raises:
         InputError: scipy is not installed.
     """
-    if importlib.util.find_spec("scipy") is None:
-        raise InputError(
-            "Mask2Former is trained with scipy's linear_sum_assignment: install boxteacher[mask2former]"
-        )
+    check_scipy()
     from scipy.optimize import linear_sum_assignment
 
     # A network that has diverged gets some assignment, so that its loss is what is reported.
@@ -143,3 +140,11 @@ def assign(costs: Tensor, counts: Sequence[int]) -> Tensor:
         ]
         layers.append(torch.cat(queries))
     return torch.stack(layers).to(costs.device)
+
+
+def check_scipy() -> None:
+    """Raises InputError if scipy, which training needs, is not installed."""
+    if importlib.util.find_spec("scipy") is None:
+        raise InputError(
+            "Mask2Former is trained with scipy's linear_sum_assignment: install boxteacher[mask2former]"
+        )

@@ -4,10 +4,9 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from boxteacher.engine.files import write_atomically
+from boxteacher.engine.files import write_atomically, write_tensors
 from boxteacher.engine.segmenters import build_segmenter
 from boxteacher.errors import InputError
 from boxteacher.state_dicts import compare_states
@@ -62,7 +61,7 @@ def save_checkpoint(path: Path, segmenter: nn.Module, info: SegmenterInfo) -> No
         "preprocessing": _preprocessing(segmenter),
         "weights": segmenter.state_dict(),
     }
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
+    write_atomically(path, lambda temporary: write_tensors(temporary, content))
 
 
 def load_checkpoint(path: Path) -> tuple[nn.Module, SegmenterInfo]:

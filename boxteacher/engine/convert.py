@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import torch
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from boxteacher.engine.checkpoint import SegmenterInfo, is_checkpoint, save_checkpoint
-from boxteacher.engine.files import check_new_file, write_atomically
+from boxteacher.engine.files import check_new_file, write_atomically, write_tensors
 from boxteacher.engine.segmenters import build_segmenter
 from boxteacher.engine.weights import fill, read_released
 from boxteacher.errors import InputError
@@ -40,7 +39,7 @@ def convert(source: Path, destination: Path) -> str:
             "need no conversion)"
         )
     if released.model is None:
-        write_atomically(destination, lambda path: torch.save(released.weights, path))
+        write_atomically(destination, lambda path: write_tensors(path, released.weights))
         use = f"use it as --weights with --backbone {released.backbone}"
     elif released.initial:
         raise InputError(

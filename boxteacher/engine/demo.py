@@ -8,6 +8,7 @@ from boxteacher.data import InstanceDataset, evaluation_transform, read_split, w
 from boxteacher.engine.checkpoint import load_checkpoint
 from boxteacher.engine.drawing import draw_detections, picture_grid, write_picture
 from boxteacher.engine.evaluate import Evaluation, evaluate
+from boxteacher.engine.segmenters import build_segmenter
 from boxteacher.engine.settings import TrainSettings
 from boxteacher.engine.train import train
 
@@ -27,7 +28,6 @@ def run_demo(output: Path, *, steps: int) -> tuple[Evaluation, Path]:
         InputError: `output` holds something else, or the extra `timm` is not installed.
     """
     data = output / "data"
-    write_shapes(data)
     settings = TrainSettings(
         model="condinst",
         backbone="efficientnet_lite0",
@@ -39,6 +39,9 @@ def run_demo(output: Path, *, steps: int) -> tuple[Evaluation, Path]:
         lr=1e-3,
         workers=0,
     )
+    # Built before anything is written, as its extra may not be installed.
+    build_segmenter(settings.model, 1, backbone=settings.backbone, weights="imagenet", image_size=128)
+    write_shapes(data)
     checkpoint = train(settings)
     evaluation = evaluate(checkpoint, data, workers=0)
     picture = output / "masks.png"

@@ -55,6 +55,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates a checkpoint on the validation split of `data`, and writes `metrics.json` beside it.
 
+    Where that file cannot be written, a warning is logged.
+
     Args:
         checkpoint: checkpoint that `train` wrote.
         data: folder of the data set.
@@ -77,7 +79,10 @@ def evaluate(
         workers=workers,
     )
     text = json.dumps(evaluation.metrics) + "\n"
-    write_atomically(checkpoint.parent / "metrics.json", lambda path: path.write_text(text))
+    try:
+        write_atomically(checkpoint.parent / "metrics.json", lambda path: path.write_text(text))
+    except OSError as error:  # of a folder that is read-only: the figures are worth more than the file
+        logger.warning("the figures are not saved: %s", error)
     return evaluation
 
 

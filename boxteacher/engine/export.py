@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 from torchvision.transforms.v2.functional import resize
 
 from boxteacher.data.images import read_image
 from boxteacher.engine.checkpoint import load_checkpoint
-from boxteacher.engine.files import check_new_file, write_atomically
+from boxteacher.engine.files import check_new_file, write_atomically, write_tensors
 from boxteacher.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,9 @@ OUTPUTS = ("boxes", "labels", "scores", "masks")
 # Sums in another order change a probability by 1e-6 to 1e-5. Boxes that are the extents of masks change by
 # whole pixels, where a pixel's probability is nearly ½.
 _MAX_DIFFERENCE = {"boxes": 1.0, "labels": 0.0, "scores": 1e-3, "masks": 1e-3}
+
+# Earlier ones trace fewer segmenters, and their ONNX exporter takes no operators from outside or lacks some.
+_EXPORTING_TORCH = "2.7"
 
 _Outputs = tuple[Tensor, ...]  # those that `OUTPUTS` names
 _Network = Callable[[Tensor], _Outputs]
@@ -102,10 +106,19 @@ def _check_output(output: Path) -> None:
     ]
     if output.suffix == ".onnx" and missing:
         raise InputError(f"{output} needs {', '.join(missing)}: install boxteacher[export], or write a .pt2")
+    if output.suffix == ".onnx" and _is_old_torch():
+        raise InputError(
+            f"{output} needs torch {_EXPORTING_TORCH} or later, and this is {torch.__version__}: install "
+            "a later one, or write weights as .pt"
+        )
+
+
+def _is_old_torch() -> bool:
+    return TorchVersion(torch.__version__) < _EXPORTING_TORCH
 
 
 def _write_state(network: SingleImage, size: tuple[int, int], path: Path) -> _Network:
-    torch.save(network.segmenter.state_dict(), path)
+    write_tensors(path, network.segmenter.state_dict())
     reloaded = copy.deepcopy(network)
     reloaded.segmenter.load_state_dict(torch.load(path, weights_only=True))
     return reloaded
@@ -113,8 +126,9 @@ def _write_state(network: SingleImage, size: tuple[int, int], path: Path) -> _Ne
 
 def _write_program(network: SingleImage, size: tuple[int, int], path: Path) -> _Network:
     program = _trace(network, size)
-    with path.open("wb") as file:  # given a path, torch.export expects the suffix .pt2
-        torch.export.save(program, file)
+    buffer = io.BytesIO()  # torch's own writer ends the process where the disk is full
+    torch.export.save(program, buffer)
+    path.write_bytes(buffer.getbuffer())
     with path.open("rb") as file:
         return torch.export.load(file).module()
 
@@ -137,6 +151,8 @@ def _write_onnx(network: SingleImage, size: tuple[int, int], path: Path) -> _Net
             )
         translated.save(path, external_data=False)
         session: Any = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except OSError:  # of the file
+        raise
     except Exception as error:  # exporter and runtime raise errors of many types for a missing operator
         raise InputError(
             f"{_name(network)} cannot be exported to ONNX ({_summary(error)}): export .pt2, or weights as .pt"
@@ -156,8 +172,9 @@ def _trace(network: SingleImage, size: tuple[int, int]) -> torch.export.Exported
         with torch.no_grad(), _quiet():
             return torch.export.export(network, (torch.zeros(3, *size),), strict=False)
     except Exception as error:  # tracing raises errors of many types
+        later = f"install torch {_EXPORTING_TORCH} or later, or " if _is_old_torch() else ""
         raise InputError(
-            f"{_name(network)} cannot be traced ({_summary(error)}): export weights as .pt"
+            f"{_name(network)} cannot be traced ({_summary(error)}): {later}export weights as .pt"
         ) from error
 
 

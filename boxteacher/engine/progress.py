@@ -3,10 +3,15 @@
 import importlib.util
 import json
 import logging
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from boxteacher.engine.files import naming
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +32,7 @@ class TrainingLog:
 
     def __init__(self, output: Path, steps: int) -> None:
         self._steps = steps
+        self._output = output
         self._file = (output / "log.jsonl").open("w")
         self._bar = _progress_bar(steps)
         self._board = _tensorboard(output / "tensorboard")
@@ -42,11 +48,10 @@ class TrainingLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.close()
-        if self._bar is not None:
-            self._bar.close()
-        if self._board is not None:
-            self._board.close()
+        with naming(self._output), _no_thread_traces(), ExitStack() as closing:
+            for each in (self._file, self._bar, self._board):
+                if each is not None:
+                    closing.callback(each.close)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """Logs one step.
@@ -54,17 +59,22 @@ class TrainingLog:
         Args:
             step: number of the step, 1 … steps.
             numbers: losses (`loss_…`), without their sum, and other scalars.
+
+        Raises:
+            OSError: the log cannot be written, or was removed.
         """
         total = sum(value for name, value in numbers.items() if name.startswith("loss_"))
         numbers = {"loss": total, **numbers}
         seconds = time.perf_counter() - self._start
         rounded = {name: float(f"{value:.6g}") for name, value in numbers.items()}
         line = {"step": step, **rounded, "seconds": round(seconds, 2)}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
+        with naming(self._output):
+            Path(self._file.name).stat()  # a write to a file that was removed raises no error
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            if self._board is not None:
+                for name, value in numbers.items():
+                    self._board.add_scalar(name, value, step)
         for name, value in numbers.items():
             self._smooth[name] = _SMOOTHING * self._smooth.get(name, value) + (1 - _SMOOTHING) * value
         self._show(step, seconds)
@@ -79,6 +89,17 @@ class TrainingLog:
             left = seconds / step * (self._steps - step)
             numbers = " ".join(f"{name}={value}" for name, value in short.items())
             logger.info("step %d/%d, %.0f s left: %s", step, self._steps, left, numbers)
+
+
+@contextmanager
+def _no_thread_traces() -> Iterator[None]:
+    """Silences TensorBoard's thread: what fails there on closing is raised in the main thread as well."""
+    hook = threading.excepthook
+    threading.excepthook = lambda failed: None
+    try:
+        yield
+    finally:
+        threading.excepthook = hook
 
 
 def _progress_bar(steps: int) -> Any:

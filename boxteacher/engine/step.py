@@ -55,9 +55,8 @@ def _pseudo_masks(model: TrainingWrapper) -> dict[str, Tensor]:
 def _check_finite(numbers: dict[str, float], state: RunState, targets: list[dict[str, Any]]) -> None:
     for name, value in numbers.items():
         if not math.isfinite(value):
-            kept = f"last.pt, of step {state.saved}, is kept" if state.saved else "there is no checkpoint yet"
             images = ", ".join(target["file_name"] for target in targets)
             raise FloatingPointError(
-                f"{name} is {value} at step {state.step + 1}, images {images}; {kept}: "
+                f"{name} is {value} at step {state.step + 1}, images {images}: "
                 "try a lower --lr, or check the boxes of these images"
             )

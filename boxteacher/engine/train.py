@@ -12,7 +12,7 @@ from boxteacher.engine.checkpoint import SegmenterInfo
 from boxteacher.engine.optimization import build_optimizer, build_schedule
 from boxteacher.engine.progress import TrainingLog
 from boxteacher.engine.rounds import round_starts, start_round
-from boxteacher.engine.run import RunState, new_checkpoint, save_if_due, write_settings
+from boxteacher.engine.run import RunState, new_checkpoint, noting_what_is_kept, run_folder, save_if_due
 from boxteacher.engine.settings import TrainSettings
 from boxteacher.engine.step import take_step
 from boxteacher.engine.teachers import build_teacher
@@ -28,11 +28,15 @@ _ROUNDS_PIXEL_WEIGHT = 1.0  # masks of rounds are better than those of a step
 def train(settings: TrainSettings) -> Path:
     """Trains a segmenter and returns the path of its checkpoint, `output/last.pt`.
 
-    The folder of the run also gets `settings.json`, and `log.jsonl` with a line per step.
+    The folder of the run also gets `settings.json`, `log.jsonl` with a line per step, and the file of its
+    lock. Whatever stops the run carries a note (`__notes__`) with its last step and the checkpoint that is
+    kept.
 
     Raises:
-        InputError: the data, the weights or the settings cannot be used; nothing was trained.
+        InputError: the data, the weights or the settings cannot be used, or another run is writing to the
+            folder; nothing was trained.
         FloatingPointError: a loss or the gradient is infinite or NaN; `last.pt` is the last good checkpoint.
+        OSError: the folder cannot be written to.
     """
     checkpoint = new_checkpoint(settings.output)
     torch.manual_seed(settings.seed)
@@ -63,9 +67,12 @@ def train(settings: TrainSettings) -> Path:
         shortest_side=max(settings.shortest_side, default=None),
         refinement=settings.refinement,
     )
-    write_settings(settings)
-    with TrainingLog(settings.output, settings.steps) as log:
-        rounds = round_starts(settings)
+    rounds = round_starts(settings)
+    with (
+        run_folder(settings),
+        noting_what_is_kept(state, checkpoint),
+        TrainingLog(settings.output, settings.steps) as log,
+    ):
         for start, end in pairwise(sorted({0, *rounds, settings.steps})):
             if start in rounds:
                 data = start_round(state, data, settings)
