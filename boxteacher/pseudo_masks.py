@@ -1,6 +1,5 @@
 """The EMA teacher as a source of pseudo masks: candidates → assignment → decoded masks → confidence."""
 
-import copy
 from typing import Literal, cast
 
 import torch
@@ -9,13 +8,16 @@ from torch import Tensor, nn
 
 from boxteacher.adaptation import as_provider
 from boxteacher.assignment import assign_greedily, match_quality
+from boxteacher.copying import copy_network
 from boxteacher.ema import ema_momentum, update_ema
 from boxteacher.grid import MaskGrid
+from boxteacher.inputs import cast_batch
 from boxteacher.precision import autocast_to
 from boxteacher.protocol import PseudoMaskProvider, PseudoMasks, Target
 from boxteacher.scoring import ConfidenceFormula, mask_confidence, mask_quality, ranking_score
 from boxteacher.targets import cells_inside, flat_targets
-from boxteacher.validation import check_choice, check_mask_logits, check_range
+from boxteacher.validation import check_choice, check_mask_logits, check_not_sharded, check_range
+from boxteacher.value_checks import ValueChecks
 from boxteacher.view import TeacherView, check_image_size
 
 _MASK_THRESHOLD = 0.5
@@ -50,7 +52,8 @@ class EMATeacher(nn.Module):
         model: the averaged segmenter, in evaluation mode.
 
     Raises:
-        ProtocolError: `segmenter` lacks a part of `PseudoMaskProvider`; the message names it.
+        ProtocolError: `segmenter` lacks a part of `PseudoMaskProvider`, or cannot be copied; the message
+            names the reason.
         InputError: a setting is out of range.
     """
 
@@ -74,7 +77,8 @@ class EMATeacher(nn.Module):
         check_choice("quality_at", quality_at, ("grid", "image"))
         check_image_size(image_size)
         check_choice("dtype", dtype, (None, torch.bfloat16, torch.float16))
-        self.model = copy.deepcopy(as_provider(segmenter)).requires_grad_(False).eval()
+        check_not_sharded(segmenter)
+        self.model = copy_network(as_provider(segmenter)).requires_grad_(False).eval()
         self.momentum = momentum
         self.iou_threshold = iou_threshold
         self.score_threshold = score_threshold
@@ -100,7 +104,11 @@ class EMATeacher(nn.Module):
         return self.momentum < 1
 
     def update(self, student: nn.Module, step: int) -> None:
-        """Moves the average towards `student`, after `step` earlier updates (BoxTeacher, Eq. 1)."""
+        """Moves the average towards `student`, after `step` earlier updates (BoxTeacher, Eq. 1).
+
+        Raises:
+            InputError: `student` has other parameters or buffers than the average; the message names them.
+        """
         if self.follows_student:
             update_ema(self.model, student, ema_momentum(step, self.momentum))
 
@@ -114,8 +122,10 @@ class EMATeacher(nn.Module):
             grid: mask grid of the result; its stride may differ from the segmenter's.
 
         Raises:
+            InputError: images and targets do not fit together.
             ProtocolError: the segmenter's masks do not lie on its own grid.
         """
+        images, targets = cast_batch(images, targets, self.model, ValueChecks(cpu_only=True))
         boxes, labels, box_image = flat_targets(targets)  # (T, 4), (T,), (T,)
         if len(boxes) == 0:
             return PseudoMasks(boxes.new_zeros(0, *grid.shape), boxes.new_zeros(0))
