@@ -10,9 +10,7 @@ from boxteacher.losses import dice_loss
 from tests.support import (
     Script,
     ScriptedSegmenter,
-    filled,
     script,
-    seeded_images,
     target,
 )
 from tests.teaching_support import (
@@ -21,7 +19,6 @@ from tests.teaching_support import (
     TARGETS,
     TEACHER_LOSSES,
     numbers,
-    plateau,
     teacher_of,
 )
 

@@ -24,7 +24,7 @@ _CHUNK = 256
 _THREADS = 8
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(path: str | Path) -> Tensor:
     """Reads an image of any mode as RGB.
 
     EXIF orientation is not applied, because COCO's boxes refer to the pixels as stored. Alpha is dropped.
@@ -36,6 +36,7 @@ def read_image(path: Path) -> Tensor:
     Raises:
         InputError: the file cannot be read as an image.
     """
+    path = Path(path)
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I"):

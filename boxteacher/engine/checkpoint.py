@@ -48,7 +48,7 @@ class SegmenterInfo:
             check_whole("shortest_side", self.shortest_side, minimum=1)
 
 
-def save_checkpoint(path: Path, segmenter: nn.Module, info: SegmenterInfo) -> None:
+def save_checkpoint(path: str | Path, segmenter: nn.Module, info: SegmenterInfo) -> None:
     """Writes the segmenter's weights and description; a crash leaves an earlier file as it was.
 
     The backbone's `preprocessing` (channel order, mean and std) is saved with them.
@@ -57,18 +57,24 @@ def save_checkpoint(path: Path, segmenter: nn.Module, info: SegmenterInfo) -> No
         "format": _FORMAT,
         "info": asdict(info),
         "preprocessing": _preprocessing(segmenter),
-        "weights": segmenter.state_dict(),
+        "weights": _contiguous(segmenter.state_dict()),
     }
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
+    write_atomically(Path(path), lambda temporary: torch.save(content, temporary))
 
 
-def load_checkpoint(path: Path) -> tuple[nn.Module, SegmenterInfo]:
+def _contiguous(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in row-major order and without shared memory, as safetensors takes them too."""
+    return {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
+
+
+def load_checkpoint(path: str | Path) -> tuple[nn.Module, SegmenterInfo]:
     """Builds the segmenter of a checkpoint, in evaluation mode, on the CPU.
 
     Raises:
         InputError: the file is missing, broken or not a checkpoint of this library, or its weights do not fit
             the model that it describes, or were trained with another preprocessing.
     """
+    path = Path(path)
     content = _read(path)
     try:
         info = SegmenterInfo(**content["info"])
@@ -110,10 +116,10 @@ def _preprocessing(segmenter: nn.Module) -> dict[str, Any] | None:
     return None
 
 
-def is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: str | Path) -> bool:
     """Whether a file is a checkpoint of this library."""
     try:
-        _read(path)
+        _read(Path(path))
     except InputError:
         return False
     return True

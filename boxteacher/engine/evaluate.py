@@ -43,7 +43,9 @@ class Evaluation:
     metrics: Metrics
 
 
-def evaluate(checkpoint: Path, data: Path, *, device: str = "auto", workers: int = 2) -> Evaluation:
+def evaluate(
+    checkpoint: str | Path, data: str | Path, *, device: str = "auto", workers: int = 2
+) -> Evaluation:
     """Evaluates a checkpoint on the validation split of `data`, and writes `metrics.json` beside it.
 
     Raises:
@@ -60,13 +62,13 @@ def evaluate(checkpoint: Path, data: Path, *, device: str = "auto", workers: int
         workers=workers,
     )
     text = json.dumps(evaluation.metrics) + "\n"
-    write_atomically(checkpoint.parent / "metrics.json", lambda path: path.write_text(text))
+    write_atomically(Path(checkpoint).parent / "metrics.json", lambda path: path.write_text(text))
     return evaluation
 
 
 def evaluate_segmenter(
     segmenter: nn.Module,
-    data: Path,
+    data: str | Path,
     *,
     image_size: int,
     class_names: list[str],

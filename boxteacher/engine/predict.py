@@ -22,9 +22,9 @@ from boxteacher.protocol import Detections
 
 
 def predict(
-    checkpoint: Path,
-    images: Sequence[Path],
-    output: Path,
+    checkpoint: str | Path,
+    images: Sequence[str | Path],
+    output: str | Path,
     *,
     score_threshold: float = 0.6,
     device: str = "auto",
@@ -47,14 +47,15 @@ def predict(
     Raises:
         InputError: the checkpoint or an image cannot be used; nothing is written.
     """
-    names = [image.stem for image in images]
+    paths, output = [Path(image) for image in images], Path(output)
+    names = [path.stem for path in paths]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InputError(
             f"two images are named {twice!r}, so one picture would overwrite the other: use two calls"
         )
     pictures = [output / f"{name}.png" for name in names]
-    for path, picture in zip(images, pictures, strict=True):
+    for path, picture in zip(paths, pictures, strict=True):
         if picture.resolve() == path.resolve():
             raise InputError(f"{path}: its picture would overwrite it: give another --output")
         read_image(path)
@@ -62,7 +63,7 @@ def predict(
     segmenter.to(pick_device(device))
     output.mkdir(parents=True, exist_ok=True)
     results = []
-    for image_id, (path, picture) in enumerate(zip(images, pictures, strict=True)):
+    for image_id, (path, picture) in enumerate(zip(paths, pictures, strict=True)):
         image = read_image(path)
         detections = _detect(segmenter, image, info)
         kept = detections["scores"] >= score_threshold

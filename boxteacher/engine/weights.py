@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 GROUP = "boxteacher.checkpoints"
 
 
-def read_released(path: Path) -> SegmenterWeights | None:
+def read_released(path: str | Path) -> SegmenterWeights | None:
     """Released weights in a file, or None if no registered reader knows them.
 
     Readers are registered in the entry-point group `boxteacher.checkpoints`: functions from a path to a
@@ -28,7 +28,7 @@ def read_released(path: Path) -> SegmenterWeights | None:
         InputError: the file cannot be read.
     """
     for entry in entry_points(group=GROUP):
-        released: SegmenterWeights | None = entry.load()(path)
+        released: SegmenterWeights | None = entry.load()(Path(path))
         if released is not None:
             return released
     return None
@@ -39,7 +39,7 @@ def build_with_weights(
     num_classes: int,
     *,
     backbone: str,
-    weights: Path | Literal["imagenet", "none"],
+    weights: str | Path,
     **options: Any,
 ) -> nn.Module:
     """`build_segmenter`, where `weights` may also be a file with the weights of a whole segmenter.
@@ -49,6 +49,7 @@ def build_with_weights(
     Raises:
         InputError: as `build_segmenter`, or the file holds another segmenter.
     """
+    weights = weights if weights in ("imagenet", "none") else Path(weights)
     if not isinstance(weights, Path) or (whole := _read_segmenter(weights)) is None:
         return build_segmenter(name, num_classes, backbone=backbone, weights=weights, **options)
     if (whole.model, whole.backbone) != (name, backbone):
