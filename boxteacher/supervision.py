@@ -24,7 +24,7 @@ from boxteacher.losses import (
 )
 from boxteacher.protocol import Detections, MaskPredictions, PseudoMaskProvider, StudentOutput, Target
 from boxteacher.targets import color_similarity, grid_targets
-from boxteacher.validation import check_batch_norms, check_mask_logits, check_not_sharded, check_range
+from boxteacher.validation import check_batch_norms, check_mask_logits, check_range
 from boxteacher.value_checks import ValueChecks
 
 logger = logging.getLogger(__name__)
@@ -132,19 +132,18 @@ class TrainingWrapper(nn.Module):
 
         Raises:
             InputError: images and targets do not fit together, or leave a batch norm a single value.
-            ProtocolError: the student was replaced or sharded after it was wrapped.
+            ProtocolError: the student was replaced after it was wrapped.
         """
-        self._watch_student()
+        self.watch_student()
         checks = ValueChecks()
         images, targets = cast_batch(images, targets, self.student, checks)
         provider = self.provider
         check_batch_norms(self.student, images, provider.size_divisor)
         return images, targets, mask_grid(images, provider.mask_stride, provider.size_divisor), checks
 
-    def _watch_student(self) -> None:
-        """Checks that its steps are those that are counted, and warns if there are none."""
+    def watch_student(self) -> None:
+        """Checks that the student's steps are those that are counted, and warns if there are none."""
         if self._known_steps is None:
-            check_not_sharded(self)
             self._known_steps = int(self.step_count)  # synchronizes, once
         if self._counter.module is not self.student:
             raise ProtocolError(

@@ -23,7 +23,14 @@ from boxteacher.pseudo_masks import EMATeacher
 from boxteacher.state_dicts import compare_states
 from boxteacher.supervision import TrainingWrapper
 from boxteacher.targets import color_similarity, grid_targets, may_lack_masks
-from boxteacher.validation import check_choice, check_pseudo_masks, check_range, check_source, check_whole
+from boxteacher.validation import (
+    check_choice,
+    check_not_sharded,
+    check_pseudo_masks,
+    check_range,
+    check_source,
+    check_whole,
+)
 
 
 class BoxTeacher(TrainingWrapper):
@@ -190,6 +197,12 @@ class BoxTeacher(TrainingWrapper):
         """
         if self.count_step() and isinstance(self.teacher, EMATeacher):
             self.teacher.update(self.student, self.optimizer_steps - 1)
+
+    def watch_student(self) -> None:
+        """Also checks that an EMA teacher can see the student's weights."""
+        if self._known_steps is None and isinstance(self.teacher, EMATeacher):
+            check_not_sharded(self)
+        super().watch_student()
 
     @property
     def segmenter(self) -> nn.Module:
