@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from boxteacher.errors import ProtocolError
 from boxteacher.validation import check_provider_methods
 
 GROUP = "boxteacher.adapters"
@@ -19,8 +20,14 @@ def as_provider(model: nn.Module) -> nn.Module:
     either method of `PseudoMaskProvider` is not wrapped, so that an incomplete one is told what it lacks.
 
     Raises:
-        ProtocolError: neither the model nor an adapter has every part of the protocol; the message names it.
+        ProtocolError: neither the model nor an adapter has every part of the protocol, and the message names
+            it; or the model came from `torch.compile`.
     """
+    if hasattr(model, "_orig_mod"):
+        raise ProtocolError(
+            "torch.compile(model) compiles model(images) alone, which training never calls: give the model "
+            "itself, and compile its parts in place, such as model.backbone.compile()"
+        )
     provider = model
     if not (hasattr(model, "forward_teacher") or hasattr(model, "forward_student")):
         adapter = _registered_adapter(type(model))

@@ -18,9 +18,9 @@ class Target(TypedDict):
 
     boxes: Tensor  # (N, 4) float
     labels: Tensor  # (N,) int64
-    masks: NotRequired[Tensor]  # (N, H, W) bool, or in [0, 1] and cut at 0.5; they may exceed their boxes
-    has_mask: NotRequired[Tensor]  # (N,) bool, which of `masks` are annotated; all of them if absent
-    mask_confidence: NotRequired[Tensor]  # (N,) in [0, 1], weight of each of `masks`; 1 if absent, 0 for none
+    masks: NotRequired[Tensor]  # (N, H, W) bool, or in [0, 1]; they may exceed their boxes
+    has_mask: NotRequired[Tensor]  # (N,) bool, which of `masks` there are; all of them if absent
+    mask_confidence: NotRequired[Tensor]  # (N,) 1: annotated, also if absent; in (0, 1): pseudo mask; 0: none
     ignored_bottom_rows: NotRequired[int]  # rows at the image's bottom whose colors the losses ignore
     image_id: NotRequired[int]
     annotation_ids: NotRequired[Tensor]  # (N,) int64

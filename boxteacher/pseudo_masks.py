@@ -1,6 +1,5 @@
 """The EMA teacher as a source of pseudo masks: candidates → assignment → decoded masks → confidence."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, cast
@@ -11,13 +10,22 @@ from torch import Tensor, nn
 
 from boxteacher.adaptation import as_provider
 from boxteacher.assignment import assign_greedily, match_quality
+from boxteacher.copying import copy_network
 from boxteacher.ema import ema_momentum, update_ema
 from boxteacher.grid import MaskGrid
+from boxteacher.inputs import cast_batch
 from boxteacher.precision import autocast_to
 from boxteacher.protocol import PseudoMaskProvider, PseudoMasks, Target
 from boxteacher.scoring import ConfidenceFormula, mask_confidence, mask_quality, ranking_score
 from boxteacher.targets import cells_inside, flat_targets
-from boxteacher.validation import check_batch_norms, check_choice, check_mask_logits, check_range
+from boxteacher.validation import (
+    check_batch_norms,
+    check_choice,
+    check_mask_logits,
+    check_not_sharded,
+    check_range,
+)
+from boxteacher.value_checks import ValueChecks
 from boxteacher.view import TeacherView, check_image_size
 
 _MASK_THRESHOLD = 0.5
@@ -55,7 +63,8 @@ class EMATeacher(nn.Module):
         model: the averaged segmenter, in evaluation mode whenever it does not label.
 
     Raises:
-        ProtocolError: `segmenter` lacks a part of `PseudoMaskProvider`; the message names it.
+        ProtocolError: `segmenter` lacks a part of `PseudoMaskProvider`, or cannot be copied; the message
+            names the reason.
         InputError: a setting is out of range.
     """
 
@@ -81,7 +90,8 @@ class EMATeacher(nn.Module):
         check_image_size(image_size)
         check_choice("mode", mode, ("eval", "train"))
         check_choice("dtype", dtype, (None, torch.bfloat16, torch.float16))
-        self.model = copy.deepcopy(as_provider(segmenter)).requires_grad_(False).eval()
+        check_not_sharded(segmenter)
+        self.model = copy_network(as_provider(segmenter)).requires_grad_(False).eval()
         self.momentum = momentum
         self.iou_threshold = iou_threshold
         self.score_threshold = score_threshold
@@ -108,7 +118,11 @@ class EMATeacher(nn.Module):
         return self.momentum < 1
 
     def update(self, student: nn.Module, step: int) -> None:
-        """Moves the average towards `student`, which has taken `step` optimizer steps (BoxTeacher, Eq. 1)."""
+        """Moves the average towards `student`, which has taken `step` optimizer steps (BoxTeacher, Eq. 1).
+
+        Raises:
+            InputError: `student` has other parameters or buffers than the average; the message names them.
+        """
         if self.follows_student:
             momentum = ema_momentum(step, self.momentum)
             update_ema(self.model, student, momentum, buffers=self.mode == "eval")
@@ -139,8 +153,10 @@ class EMATeacher(nn.Module):
             grid: mask grid of the result; its stride may differ from the segmenter's.
 
         Raises:
+            InputError: images and targets do not fit together.
             ProtocolError: the segmenter's masks do not lie on its own grid.
         """
+        images, targets = cast_batch(images, targets, self.model, ValueChecks(cpu_only=True))
         boxes, labels, box_image = flat_targets(targets)  # (T, 4), (T,), (T,)
         if len(boxes) == 0:
             return PseudoMasks(boxes.new_zeros(0, *grid.shape), boxes.new_zeros(0))

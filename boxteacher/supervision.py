@@ -1,6 +1,5 @@
 """The base of the training wrappers, and the two plain ones: supervision by boxes, supervision by masks."""
 
-import copy
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -9,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from boxteacher.adaptation import as_provider
+from boxteacher.copying import copy_network
 from boxteacher.distributed import global_mean
 from boxteacher.ema import StepCounter
 from boxteacher.errors import ProtocolError
 from boxteacher.grid import MaskGrid, mask_grid
+from boxteacher.inputs import cast_batch, cast_images
 from boxteacher.losses import (
     BoxRegions,
     color_pairwise_loss,
@@ -23,9 +24,12 @@ from boxteacher.losses import (
 )
 from boxteacher.protocol import Detections, MaskPredictions, PseudoMaskProvider, StudentOutput, Target
 from boxteacher.targets import color_similarity, grid_targets
-from boxteacher.validation import check_batch, check_batch_norms, check_images, check_mask_logits, check_range
+from boxteacher.validation import check_batch_norms, check_mask_logits, check_range
+from boxteacher.value_checks import ValueChecks
 
 logger = logging.getLogger(__name__)
+
+_BATCHES_WITHOUT_STEP = 100  # before a warning; gradients are rarely accumulated over more
 
 
 class TrainingWrapper(nn.Module):
@@ -43,11 +47,17 @@ class TrainingWrapper(nn.Module):
         ProtocolError: `student` lacks a part of `PseudoMaskProvider`; the message names it.
     """
 
+    step_count: Tensor
+
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.student = as_provider(student)
         self._is_adapter = self.student is not student
         self._counter = StepCounter(self.student)
+        # A buffer, which DistributedDataParallel copies from its first process to the others.
+        self.register_buffer("step_count", torch.zeros((), dtype=torch.int64))
+        self._known_steps: int | None = None  # the buffer's value, once training has read it
+        self._batches_since_step = 0
 
     @property
     def provider(self) -> PseudoMaskProvider:
@@ -62,45 +72,93 @@ class TrainingWrapper(nn.Module):
     @property
     def optimizer_steps(self) -> int:
         """Optimizer steps that the student has taken; the unit of warm-ups. Reading it changes nothing."""
-        return self._counter.steps
+        counted = int(self.step_count) if self._known_steps is None else self._known_steps
+        return counted + self._counter.has_stepped
+
+    def optimizer_stepped(self) -> None:
+        """Says that the student's weights have moved; call it after a step of an optimizer that is not seen.
+
+        Steps of every `torch.optim.Optimizer` over the student's own parameters are seen, and calling this as
+        well changes nothing. An optimizer of another kind is not seen, and neither is one that moves master
+        weights, of which the student's are copies (DeepSpeed, apex O2).
+        """
+        self._counter.notice()
 
     def synchronize(self) -> None:
         """Counts the optimizer step since the last call; forward passes, `state_dict` and copies do it."""
-        self._counter.advance()
+        self.count_step()
+
+    def count_step(self) -> bool:
+        """Whether there was an optimizer step since the last call, which is then counted."""
+        if not self._counter.advance():
+            return False
+        self._batches_since_step = 0
+        self.step_count.add_(1)
+        if self._known_steps is not None:
+            self._known_steps += 1
+        return True
 
     def unwrap(self) -> nn.Module:
         """A copy of the plain segmenter, in evaluation mode and without anything of the training.
 
         A model that came without the protocol's methods is returned as it came, without its adapter.
+
+        Raises:
+            ProtocolError: the segmenter cannot be copied; the message names the attribute.
         """
         self.synchronize()
-        segmenter = copy.deepcopy(self.segmenter).eval()
+        segmenter = copy_network(self.segmenter).eval()
         trained = {name for name, parameter in self.student.named_parameters() if parameter.requires_grad}
         for name, parameter in segmenter.named_parameters():
             parameter.requires_grad_(name in trained)
         return cast(nn.Module, segmenter.model) if self._is_adapter else segmenter
 
-    def detect(self, images: list[Tensor]) -> list[Detections]:
-        """Detections of images (3, H_i, W_i), RGB in [0, 1], by the network that evaluation uses.
+    def detect(self, images: Sequence[Any]) -> list[Detections]:
+        """Detections of images by the network that evaluation uses.
+
+        Args:
+            images: tensors (3, H_i, W_i) or others that `cast_images` takes.
 
         Raises:
             InputError: `images` is not a list of such images.
         """
-        check_images(images)
-        return cast("list[Detections]", self.segmenter(images))
+        segmenter = self.segmenter
+        return cast("list[Detections]", segmenter(cast_images(images, segmenter, ValueChecks(cpu_only=True))))
 
-    def check_training_batch(
-        self, images: list[Tensor], targets: Sequence[Target] | None
-    ) -> tuple[list[Target], MaskGrid]:
-        """The targets, if they fit the images, and the mask grid of the batch.
+    def training_batch(
+        self, images: Sequence[Any], targets: Sequence[Target] | None
+    ) -> tuple[list[Tensor], list[Target], MaskGrid, ValueChecks]:
+        """Images and targets as `cast_batch` returns them, the mask grid, and checks to `finish` in the end.
 
         Raises:
             InputError: images and targets do not fit together, or leave a batch norm a single value.
+            ProtocolError: the student was replaced after it was wrapped.
         """
-        checked = check_batch(images, targets)
+        self.watch_student()
+        checks = ValueChecks()
+        images, targets = cast_batch(images, targets, self.student, checks)
         provider = self.provider
         check_batch_norms(self.student, images, provider.size_divisor)
-        return checked, mask_grid(images, provider.mask_stride, provider.size_divisor)
+        return images, targets, mask_grid(images, provider.mask_stride, provider.size_divisor), checks
+
+    def watch_student(self) -> None:
+        """Checks that the student's steps are those that are counted, and warns if there are none."""
+        if self._known_steps is None:
+            self._known_steps = int(self.step_count)  # synchronizes, once
+        if self._counter.module is not self.student:
+            raise ProtocolError(
+                f"{type(self).__name__}.student was replaced after it was wrapped: wrap the new one, "
+                f"{type(self).__name__}(student)"
+            )
+        self._batches_since_step += torch.is_grad_enabled()
+        if self._batches_since_step == _BATCHES_WITHOUT_STEP:
+            logger.warning(
+                "no optimizer step was seen in %d batches, so warm-ups and the teacher stand still: call "
+                "optimizer_stepped() of the %s after each step of an optimizer that holds copies of the "
+                "weights or is no torch.optim.Optimizer",
+                _BATCHES_WITHOUT_STEP,
+                type(self).__name__,
+            )
 
     def mask_predictions(self, output: StudentOutput, grid: MaskGrid) -> Iterator[MaskPredictions]:
         """A student's masks, one entry per decoder layer.
@@ -130,25 +188,26 @@ class TrainingWrapper(nn.Module):
 
     def warmup(self, steps: int) -> float:
         """A weight that grows linearly, by optimizer steps, from nearly 0 to 1 over the given number."""
-        return min((self._counter.steps + 1) / max(steps, 1), 1.0)
+        return min((self.optimizer_steps + 1) / max(steps, 1), 1.0)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self.synchronize()
         return super().state_dict(*args, **kwargs)
 
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self._counter.steps)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self._counter = StepCounter(self.student, int(state))
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        old_key = f"{prefix}_extra_state"  # of the count, before it was a buffer
+        if old_key in state_dict:
+            state_dict[f"{prefix}step_count"] = state_dict.pop(old_key)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._counter, self._known_steps = StepCounter(self.student), None
 
     def __getstate__(self) -> dict[str, Any]:
         self.synchronize()
-        return {**self.__dict__, "_counter": self._counter.steps}
+        return {**self.__dict__, "_counter": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._counter = StepCounter(self.student, state["_counter"])
+        self._counter = StepCounter(self.student)
 
 
 class BoxSupervised(TrainingWrapper):
@@ -177,16 +236,18 @@ class BoxSupervised(TrainingWrapper):
         """Losses in training mode, detections in evaluation mode.
 
         Args:
-            images: (3, H_i, W_i) each, RGB in [0, 1].
-            targets: one per image; needed in training mode.
+            images: tensors (3, H_i, W_i), RGB in [0, 1], or others that `cast_images` takes.
+            targets: one per image; needed in training mode. Lists and arrays count as tensors.
 
         Raises:
-            InputError: images and targets do not fit together, or leave a batch norm a single value.
+            InputError: images and targets do not fit together, or leave a batch norm a single value; the
+                message names the image, the box and the remedy.
+            ProtocolError: the student returns something else than its protocol says.
         """
         self.synchronize()
         if not self.training:
             return self.detect(images)
-        targets, grid = self.check_training_batch(images, targets)
+        images, targets, grid, checks = self.training_batch(images, targets)
         truth = grid_targets(images, targets, grid)
         similarity = color_similarity(images, truth.valid, grid)  # (B, 8, h, w)
 
@@ -204,14 +265,15 @@ class BoxSupervised(TrainingWrapper):
                     "loss_pairwise": pairwise * self.warmup(self.warmup_steps),
                 }
             )
+        checks.finish()
         return self.combine(output.losses, mask_losses)
 
 
 class MaskSupervised(TrainingWrapper):
-    """Masks from annotated masks: the fully supervised comparison, with the Dice loss on the mask grid.
+    """Masks from the targets' masks: the fully supervised comparison, with the Dice loss on the mask grid.
 
     Targets without a mask teach boxes and classes only; the first batch that has boxes and no mask at all is
-    logged as a warning. A mask's `mask_confidence` weighs its loss.
+    logged as a warning. A mask's `mask_confidence` weighs its loss, annotated or not.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -225,7 +287,7 @@ class MaskSupervised(TrainingWrapper):
         self.synchronize()
         if not self.training:
             return self.detect(images)
-        targets, grid = self.check_training_batch(images, targets)
+        images, targets, grid, checks = self.training_batch(images, targets)
         self._warn_without_masks(targets)
         truth = grid_targets(images, targets, grid)
 
@@ -235,6 +297,7 @@ class MaskSupervised(TrainingWrapper):
             index = predictions.target_index  # (M,)
             masks, confidence = truth.masks[index], truth.mask_confidence[index]  # (M, h, w), (M,)
             mask_losses.append({"loss_mask": noise_aware_pixel_loss(predictions.logits, masks, confidence)})
+        checks.finish()
         return self.combine(output.losses, mask_losses)
 
     def _warn_without_masks(self, targets: Sequence[Target]) -> None:

@@ -23,8 +23,8 @@ class GridTargets:
         extents: (T, 4) int64, the cells of `box_masks`: first row, first column, end row, end column, the
             ends exclusive.
         box_masks: (T, h, w) bool, inside of the box.
-        masks: (T, h, w) bool, annotated masks; 0 where there is none.
-        mask_confidence: (T,) in [0, 1] of annotated masks; 0 where there is none.
+        masks: (T, h, w) bool, or in [0, 1] if a target has such masks; 0 where there is none.
+        mask_confidence: (T,) in [0, 1], 1 for annotated masks, 0 where there is none.
         valid: (B, h, w) bool, cells inside the image without its ignored bottom rows.
     """
 
@@ -48,7 +48,7 @@ def grid_targets(images: Sequence[Tensor], targets: Sequence[Target], grid: Mask
     """
     boxes, labels, image_index = flat_targets(targets)
     rows, columns = grid.coordinates(boxes.device)
-    masks, mask_confidence = _annotated_masks(targets, grid)
+    masks, mask_confidence = _own_masks(targets, grid)
     ignored = [target.get("ignored_bottom_rows", 0) for target in targets]
     return GridTargets(
         boxes=boxes,
@@ -115,8 +115,19 @@ def cells_inside(
     )
 
 
-def _annotated_masks(targets: Sequence[Target], grid: MaskGrid) -> tuple[Tensor, Tensor]:
-    """Annotated masks on the grid (T, h, w) bool, and their confidence (T,); 0 where there is none."""
+def may_lack_masks(targets: Sequence[Target]) -> bool:
+    """Whether a target may have no mask of its own; it says no only where that costs no synchronization."""
+    for target in targets:
+        if len(target["boxes"]) == 0:
+            continue
+        flags = [target[key] for key in ("has_mask", "mask_confidence") if key in target]  # (N,) each
+        if "masks" not in target or not all(each.device.type == "cpu" and (each > 0).all() for each in flags):
+            return True
+    return False
+
+
+def _own_masks(targets: Sequence[Target], grid: MaskGrid) -> tuple[Tensor, Tensor]:
+    """The targets' masks on the grid (T, h, w), and their confidence (T,); 0 where there is none."""
     masks, confidences = [], []
     for target in targets:
         boxes = target["boxes"]  # (N, 4)
@@ -125,8 +136,8 @@ def _annotated_masks(targets: Sequence[Target], grid: MaskGrid) -> tuple[Tensor,
             has_mask = target.get("has_mask", torch.ones_like(confidence, dtype=torch.bool))  # (N,)
             confidence = torch.where(has_mask, confidence, 0.0)
             sampled = grid.sample(target["masks"])  # (N, h, w)
-            sampled = sampled > 0.5 if sampled.is_floating_point() else sampled.bool()
-            masks.append(sampled & (confidence > 0)[:, None, None])
+            sampled = sampled if sampled.is_floating_point() else sampled.bool()
+            masks.append(sampled.masked_fill((confidence == 0)[:, None, None], 0))
             confidences.append(confidence)
         else:
             masks.append(torch.zeros(len(boxes), *grid.shape, dtype=torch.bool, device=boxes.device))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from boxteacher.augmentation import StrongAugmentation
-from boxteacher.distributed import global_mean
+from boxteacher.distributed import global_mean, num_processes
 from boxteacher.errors import InputError
 from boxteacher.losses import (
     BoxRegions,
@@ -22,8 +22,15 @@ from boxteacher.protocol import Detections, PseudoMasks, PseudoMaskSource, Targe
 from boxteacher.pseudo_masks import EMATeacher
 from boxteacher.state_dicts import compare_states
 from boxteacher.supervision import TrainingWrapper
-from boxteacher.targets import color_similarity, grid_targets
-from boxteacher.validation import check_choice, check_pseudo_masks, check_range, check_source, check_whole
+from boxteacher.targets import color_similarity, grid_targets, may_lack_masks
+from boxteacher.validation import (
+    check_choice,
+    check_not_sharded,
+    check_pseudo_masks,
+    check_range,
+    check_source,
+    check_whole,
+)
 
 
 class BoxTeacher(TrainingWrapper):
@@ -31,13 +38,15 @@ class BoxTeacher(TrainingWrapper):
 
     A teacher, by default the exponential moving average of the student, proposes a mask with a confidence for
     each box. The student sees the images strongly augmented and learns from boxes and colors (as in
-    `BoxSupervised`) and from those pseudo masks. An annotated mask, with its own `mask_confidence`, takes the
-    place of a pseudo mask.
+    `BoxSupervised`) and from those pseudo masks. A target's own mask takes the place of a pseudo mask. With
+    a `mask_confidence` below 1 it is a pseudo mask of that confidence; else it is annotated, and has a Dice
+    loss and a weight of its own, without warm-up, in place of the losses from pseudo masks.
 
     The teacher is updated once per optimizer step, whatever the training loop does in between (gradient
     accumulation, steps that a gradient scaler skips): by the next forward pass, `state_dict()`, `unwrap()` or
-    copy. Call `synchronize()` before you save `segmenter` by itself. Keep the weights in float32 and use
-    autocast: an average in half precision stalls.
+    copy. An optimizer of another kind than `torch.optim.Optimizer`, or over copies of the weights, needs
+    `optimizer_stepped()`. Call `synchronize()` before you save `segmenter` by itself. Keep the weights in
+    float32 and use autocast: an average in half precision stalls.
 
     Example:
         >>> model = BoxTeacher(my_segmenter)  # doctest: +SKIP
@@ -52,6 +61,7 @@ class BoxTeacher(TrainingWrapper):
             only. `StrongAugmentation()` if not given.
         pixel_weight: weight of the noise-aware pixel loss.
         affinity_weight: weight of the noise-reduced affinity loss.
+        mask_weight: weight of the Dice loss with annotated masks.
         warmup_steps: optimizer steps until the color-pairwise loss has its full weight.
         pseudo_warmup_steps: optimizer steps until the two losses from pseudo masks have their full weight;
             `warmup_steps` if not given.
@@ -62,7 +72,7 @@ class BoxTeacher(TrainingWrapper):
             is not the student's average.
 
     Attributes:
-        last_pseudo_masks: `PseudoMasks` of the last training step, annotated masks included.
+        last_pseudo_masks: `PseudoMasks` of the last training step, the targets' own masks included.
 
     Raises:
         ProtocolError: `student` lacks a part of `PseudoMaskProvider`; the message names it.
@@ -77,6 +87,7 @@ class BoxTeacher(TrainingWrapper):
         augmentation: nn.Module | None = None,
         pixel_weight: float = 0.5,
         affinity_weight: float = 0.1,
+        mask_weight: float = 1.0,
         warmup_steps: int = 10_000,
         pseudo_warmup_steps: int | None = None,
         teacher_interval: int = 1,
@@ -86,6 +97,7 @@ class BoxTeacher(TrainingWrapper):
         pseudo_warmup_steps = warmup_steps if pseudo_warmup_steps is None else pseudo_warmup_steps
         check_range("pixel_weight", pixel_weight, minimum=0)
         check_range("affinity_weight", affinity_weight, minimum=0)
+        check_range("mask_weight", mask_weight, minimum=0)
         check_range("warmup_steps", warmup_steps, minimum=0)
         check_range("pseudo_warmup_steps", pseudo_warmup_steps, minimum=0)
         check_whole("teacher_interval", teacher_interval, minimum=0)
@@ -95,6 +107,7 @@ class BoxTeacher(TrainingWrapper):
         self.augmentation = StrongAugmentation() if augmentation is None else augmentation
         self.pixel_weight = pixel_weight
         self.affinity_weight = affinity_weight
+        self.mask_weight = mask_weight
         self.warmup_steps = warmup_steps
         self.pseudo_warmup_steps = pseudo_warmup_steps
         self.teacher_interval = teacher_interval
@@ -116,38 +129,43 @@ class BoxTeacher(TrainingWrapper):
         """Losses in training mode, detections in evaluation mode.
 
         Args:
-            images: (3, H_i, W_i) each, RGB in [0, 1].
-            targets: one per image; needed in training mode.
+            images: tensors (3, H_i, W_i), RGB in [0, 1], or others that `cast_images` takes.
+            targets: one per image; needed in training mode. Lists and arrays count as tensors.
 
         Raises:
-            InputError: images and targets do not fit together, or leave a batch norm a single value.
+            InputError: images and targets do not fit together, or leave a batch norm a single value; the
+                message names the image, the box and the remedy.
             ProtocolError: the student or the source returns something else than its protocol says.
         """
         self.synchronize()  # the EMA update (Eq. 1), momentum min(0.999, 1 − 1/(step + 1))
         if not self.training:
             return self.detect(images)
-        targets, grid = self.check_training_batch(images, targets)
+        images, targets, grid, checks = self.training_batch(images, targets)
         truth = grid_targets(images, targets, grid)  # T targets of B images on the grid (h, w)
 
-        # The teacher sees the images as they are: a mask and a confidence for each box (Sec. 3.2). Annotated
-        # masks take the place of pseudo masks.
+        # The teacher sees the images as they are: a mask and a confidence for each box (Sec. 3.2). Masks of
+        # the targets' own take the place of pseudo masks.
         masks, confidence = truth.masks, truth.mask_confidence  # (T, h, w), (T,)
         speaks = self.teacher_interval and self.optimizer_steps % self.teacher_interval == 0
-        if len(truth.boxes) and speaks:
+        if speaks and may_lack_masks(targets):
             with torch.no_grad():
                 pseudo = self.teacher(images, targets, grid)
                 check_pseudo_masks(self.teacher, pseudo, tuple(masks.shape))
-                is_annotated = truth.mask_confidence > 0  # (T,)
+                is_own = truth.mask_confidence > 0  # (T,)
                 inside = pseudo.masks.masked_fill(~truth.box_masks, 0)  # (T, h, w)
-                masks = torch.where(is_annotated[:, None, None], truth.masks, inside)
-                confidence = torch.where(is_annotated, truth.mask_confidence, pseudo.confidence)
+                masks = torch.where(is_own[:, None, None], truth.masks, inside)
+                confidence = torch.where(is_own, truth.mask_confidence, pseudo.confidence)
         self.last_pseudo_masks = PseudoMasks(masks, confidence)
+        is_annotated = truth.mask_confidence == 1  # (T,)
+        pseudo_confidence = confidence.masked_fill(is_annotated, 0)  # (T,)
 
         # The student sees them strongly augmented (Sec. 3.4), and learns from boxes and colors …
         similarity = color_similarity(images, truth.valid, grid)  # (B, 8, h, w)
         output = self.provider.forward_student(self.augmentation(images), targets)
         color_weight = self.warmup(self.warmup_steps)
         pseudo_weight = self.warmup(self.pseudo_warmup_steps)
+        # Several processes must all count annotated masks, or none of them.
+        with_masks = num_processes() > 1 or any("masks" in target for target in targets)
         mask_losses = []
         for predictions in self.mask_predictions(output, grid):
             logits, index = predictions.logits, predictions.target_index  # (M, h, w), (M,)
@@ -157,22 +175,36 @@ class BoxTeacher(TrainingWrapper):
             projection = global_mean(projection_loss(logits, truth.box_masks[index]))
             pairwise = color_pairwise_loss(color_sums, color_counts)
             # … and from the pseudo masks, as far as each is to be trusted (Sec. 3.3).
-            pixel = noise_aware_pixel_loss(logits, masks[index], confidence[index])
-            affinity = noise_reduced_affinity_loss(affinity_sums, affinity_counts, confidence[index])
-            mask_losses.append(
-                {
-                    "loss_projection": projection,
-                    "loss_pairwise": pairwise * color_weight,
-                    "loss_pixel": pixel * (self.pixel_weight * pseudo_weight),
-                    "loss_affinity": affinity * (self.affinity_weight * pseudo_weight),
-                }
-            )
+            trust = pseudo_confidence[index]  # (M,)
+            pixel = noise_aware_pixel_loss(logits, masks[index], trust)
+            affinity = noise_reduced_affinity_loss(affinity_sums, affinity_counts, trust)
+            losses = {
+                "loss_projection": projection,
+                "loss_pairwise": pairwise * color_weight,
+                "loss_pixel": pixel * (self.pixel_weight * pseudo_weight),
+                "loss_affinity": affinity * (self.affinity_weight * pseudo_weight),
+            }
+            if with_masks:
+                annotated = noise_aware_pixel_loss(logits, truth.masks[index], is_annotated[index].float())
+                losses["loss_mask"] = annotated * self.mask_weight
+            mask_losses.append(losses)
+        checks.finish()
         return self.combine(output.losses, mask_losses)
 
     def synchronize(self) -> None:
-        """Lets an EMA teacher follow the optimizer step since the last call; forward passes do it."""
-        if self._counter.advance() and isinstance(self.teacher, EMATeacher):
-            self.teacher.update(self.student, self._counter.steps)
+        """Lets an EMA teacher follow the optimizer step since the last call; forward passes do it.
+
+        Raises:
+            InputError: the student was changed after it was wrapped (LoRA, a new head).
+        """
+        if self.count_step() and isinstance(self.teacher, EMATeacher):
+            self.teacher.update(self.student, self.optimizer_steps)
+
+    def watch_student(self) -> None:
+        """Also checks that an EMA teacher can see the student's weights."""
+        if self._known_steps is None and isinstance(self.teacher, EMATeacher):
+            check_not_sharded(self)
+        super().watch_student()
 
     @property
     def segmenter(self) -> nn.Module:

@@ -179,3 +179,17 @@ def test_a_data_set_works_with_workers_and_pickle(folder: Folder) -> None:
     assert [image.ndim for image in images] == [3, 3]
     assert [target["image_id"] for target in targets] == [70, 9]
     assert_same(folder.load(), pickle.loads(pickle.dumps(folder.load())))
+
+
+def test_boxes_that_a_transform_left_without_area_are_dropped_with_all_that_belongs_to_them(
+    folder: Folder,
+) -> None:
+    def narrow(image: Any, target: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        boxes = target["boxes"].clone()
+        boxes[1, 2] = boxes[1, 0]
+        return image, {**target, "boxes": boxes}
+
+    whole = folder.load(read_masks=True)[0][1]
+    found = folder.load(read_masks=True, transform=narrow)[0][1]
+    for key in ("boxes", "labels", "annotation_ids", "masks"):
+        assert torch.equal(found[key], whole[key][[0, 2]])

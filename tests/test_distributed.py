@@ -11,10 +11,11 @@ from torch.testing import assert_close
 
 from boxteacher import BoxTeacher, PseudoMasks
 from boxteacher.distributed import global_count, global_mean
-from tests.support import ScriptedSegmenter, seeded_images, target
+from tests.support import ScriptedSegmenter, filled, seeded_images, target
 
 IMAGES = seeded_images((48, 64), (48, 64), (48, 64))
-TARGETS = [target((4, 4, 30, 30), (20, 10, 60, 44)), target((10, 10, 40, 36)), target()]
+ANNOTATED = filled((12, 12, 36, 30), 48, 64)[None]
+TARGETS = [target((4, 4, 30, 30), (20, 10, 60, 44)), target((10, 10, 40, 36), masks=ANNOTATED), target()]
 PARTS = ([0, 1], [2])  # the second process has no box at all
 
 
@@ -35,6 +36,15 @@ def gradients(part: list[int]) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in segmenter.named_parameters() if p.grad is not None}
 
 
+def steps_after_resuming(rank: int) -> tuple[int, float]:
+    """Steps and warm-up after a batch, where only the first process has loaded a state of 5 steps."""
+    model = BoxTeacher(ScriptedSegmenter(), teacher=boxes_as_masks).train()
+    if rank == 0:
+        model.load_state_dict({**model.state_dict(), "step_count": torch.tensor(5)})
+    nn.parallel.DistributedDataParallel(model)(IMAGES, TARGETS)
+    return model.optimizer_steps, model.warmup(12)
+
+
 def run(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found = gradients(PARTS[rank])
@@ -43,7 +53,7 @@ def run(rank: int, folder: str) -> None:
         gradient /= 2
     counts = global_count(torch.tensor([rank + 1, 4]))
     mean = global_mean(torch.tensor([1.0, 2.0]) if rank == 0 else torch.zeros(0))
-    torch.save((found, counts, mean), f"{folder}/{rank}.pt")
+    torch.save((found, counts, mean, steps_after_resuming(rank)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -60,7 +70,8 @@ def test_two_processes_have_the_gradient_of_one(tmp_path: Path):
     expected = gradients([0, 1, 2])
     means = []
     for rank in range(2):
-        found, counts, mean = torch.load(tmp_path / f"{rank}.pt")
+        found, counts, mean, steps = torch.load(tmp_path / f"{rank}.pt")
+        assert steps == (5, 0.5)
         assert counts.tolist() == [1.5, 4.0]
         means.append(mean)
         for name, gradient in expected.items():

@@ -68,8 +68,8 @@ def test_a_default_may_depend_on_other_options():
         ("sides", (4, 0), "whole numbers, at least 1"),
         ("sides", 4, "whole numbers, at least 1"),
         ("kind", "boxes", "box or mask"),
-        ("weights", "all", "a path or none"),
-        ("data", "a", "a path"),
+        ("weights", 3, "a path or none"),
+        ("data", 3, "a path"),
         ("warmup", "1", "a whole number"),
     ],
 )
@@ -82,6 +82,12 @@ def test_the_error_for_an_invalid_value_names_option_value_and_range(name, value
 @pytest.mark.parametrize(("name", "value"), [("rate", 1), ("rate", 1e-9), ("steps", 1), ("sides", ())])
 def test_inclusive_bounds_are_allowed(name, value):
     assert getattr(Settings(**{"data": Path("a"), name: value}), name) == value
+
+
+def test_a_path_may_be_text():
+    settings = Settings(data="a/b", weights="c")
+    assert (settings.data, settings.weights) == (Path("a/b"), Path("c"))
+    assert Settings(data="a", weights="none").weights == "none"
 
 
 def test_the_help_names_meaning_default_and_choices():
@@ -133,8 +139,8 @@ def test_the_table_in_the_docs_is_that_of_the_settings():
         ("momentum", 1.5),
         ("iou_threshold", 0.0),
         ("seed", -1),
-        ("data", "folder"),
-        ("weights", "random"),
+        ("data", 3),
+        ("weights", None),
         ("teacher_size", (640,)),
         ("teacher_size", (800, 640)),
     ],

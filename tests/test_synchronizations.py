@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from boxteacher import BoxTeacher, Candidates, MaskPredictions, StudentOutput
+from boxteacher import (
+    BoxSupervised,
+    BoxTeacher,
+    Candidates,
+    InputError,
+    MaskPredictions,
+    MaskSupervised,
+    StudentOutput,
+)
 from boxteacher.assignment import assign_greedily, match_quality
 from tests.simulated_device import DeviceTensor, SimulatedDevice
 from tests.support import seeded_images, target
@@ -76,6 +84,19 @@ def test_a_step_synchronizes_only_for_the_number_of_masks_and_the_sizes_of_boxes
         assert loss.values > 0
         torch.testing.assert_close(loss.values, on_cpu[name])
     torch.testing.assert_close(logits.grad.values, expected.grad)
+
+
+@pytest.mark.parametrize("wrapper", [BoxTeacher, BoxSupervised, MaskSupervised])
+def test_a_box_that_cannot_be_meant_is_found_in_its_step_without_another_synchronization(wrapper):
+    with SimulatedDevice() as device:
+        model, images, targets, _ = step(DeviceTensor)
+        model = model if wrapper is BoxTeacher else wrapper(model.student).train()
+        model(images, targets)
+        usual = device.synchronizations.copy()
+        targets[1]["boxes"] = DeviceTensor(torch.tensor([BOXES[0], (60.0, 2.0, 9.0, 9.0)]))
+        with pytest.raises(InputError, match=r"target 1: box 1, \[60, 2, 9, 9\] .* no width"):
+            model(images, targets)
+    assert device.synchronizations - usual == usual
 
 
 def test_assignment_does_not_synchronize():

@@ -207,10 +207,10 @@ def test_annotated_masks_may_be_of_any_type(dtype):
     assert torch.equal(grid.masks[0], annotated[0, 2::4, 2::4])
 
 
-def test_soft_annotated_masks_are_cut_at_one_half():
+def test_soft_annotated_masks_are_used_as_they_are():
     soft = torch.rand(1, 32, 32)
     grid = on_grid(seeded_images((32, 32)), [target((0, 0, 9, 9), masks=soft)], 4, 32)
-    assert torch.equal(grid.masks[0], soft[0, 2::4, 2::4] > 0.5)
+    assert torch.equal(grid.masks[0], soft[0, 2::4, 2::4])
 
 
 def test_only_masks_with_has_mask_count():

@@ -10,9 +10,7 @@ from boxteacher.losses import dice_loss
 from tests.support import (
     Script,
     ScriptedSegmenter,
-    filled,
     script,
-    seeded_images,
     target,
 )
 from tests.teaching_support import (
@@ -21,7 +19,6 @@ from tests.teaching_support import (
     TARGETS,
     TEACHER_LOSSES,
     numbers,
-    plateau,
     teacher_of,
 )
 
@@ -59,14 +56,65 @@ def test_only_the_student_sees_augmented_images():
     assert torch.equal(negative.last_pseudo_masks.masks, plain.last_pseudo_masks.masks)
 
 
-def test_a_pseudo_mask_with_confidence_1_has_the_losses_of_an_equal_annotated_mask():
-    box = (4, 4, 30, 30)
-    image = seeded_images((48, 64))
-    plan = script((0, box, 1.0), logits=plateau((2, 2, 6, 6)) * 20)  # confidence 1, to float32's precision
-    annotated = filled((8, 8, 24, 24), 48, 64)[None]
-    pseudo = teacher_of(plan)(image, [target(box)])
-    real = teacher_of(script())(image, [target(box, masks=annotated)])
-    assert_close(pseudo, real)
+ANNOTATED = torch.rand(2, 48, 64, generator=torch.Generator().manual_seed(3)) < 0.5
+
+
+def test_an_annotated_mask_has_a_loss_of_its_own_that_neither_warms_up_nor_weighs_half():
+    masked = [{**TARGETS[0], "masks": ANNOTATED}, TARGETS[1]]
+    losses = teacher_of(PLAN, warmup_steps=1000)(IMAGES, masked)
+    torch.manual_seed(0)
+    supervised = MaskSupervised(ScriptedSegmenter(PLAN)).train()(IMAGES, masked)
+    assert_close(losses["loss_mask"], supervised["loss_mask"])
+    assert_close(teacher_of(PLAN, mask_weight=3.0)(IMAGES, masked)["loss_mask"], 3 * losses["loss_mask"])
+
+
+def test_the_losses_from_pseudo_masks_are_those_of_the_targets_without_an_annotated_mask():
+    """The only pseudo mask is that of image 1, whose losses are a mean over it alone."""
+    plan = script((1, (10, 10, 40, 36), 0.8), logits=PLAN.logits[2:])
+    plain = numbers(teacher_of(plan)(IMAGES, TARGETS))
+    mixed = numbers(teacher_of(plan)(IMAGES, [{**TARGETS[0], "masks": ANNOTATED}, TARGETS[1]]))
+    assert mixed.pop("loss_mask") > 0
+    assert mixed == plain
+
+
+def test_a_target_s_mask_of_less_confidence_has_the_losses_of_that_pseudo_mask():
+    """Pseudo masks that were kept and are given as targets teach as those that a teacher proposes."""
+    model = teacher_of(PLAN, warmup_steps=10)
+    proposed = numbers(model(IMAGES, TARGETS))
+    pseudo = model.last_pseudo_masks
+    stride, kept = 4, []
+    for image, each, rows in zip(IMAGES, TARGETS, ([0, 1], [2]), strict=True):
+        masks = pseudo.masks[rows].repeat_interleave(stride, 1).repeat_interleave(stride, 2)
+        masks = masks[:, : image.shape[1], : image.shape[2]]
+        kept.append({**each, "masks": masks, "mask_confidence": pseudo.confidence[rows]})
+    other = teacher_of(script(), warmup_steps=10)
+    given = numbers(other(IMAGES, kept))
+    assert other.teacher.model.teacher_calls == []  # no target is without a mask
+    assert given.pop("loss_mask") == 0
+    assert given == pytest.approx(proposed, rel=1e-6)
+
+
+def test_the_teacher_is_not_run_where_every_target_has_a_mask():
+    def calls(*targets: dict) -> int:
+        model = teacher_of(PLAN)
+        model(IMAGES, list(targets))
+        return len(model.teacher.model.teacher_calls)
+
+    masked = {**TARGETS[0], "masks": ANNOTATED}
+    assert calls(masked, target()) == 0
+    assert calls({**masked, "has_mask": torch.tensor([True, True])}, target()) == 0
+    assert calls({**masked, "has_mask": torch.tensor([True, False])}, target()) == 1
+    assert calls({**masked, "mask_confidence": torch.tensor([1.0, 0.0])}, target()) == 1
+    assert calls(masked, TARGETS[1]) == 1
+
+
+def test_soft_masks_are_compared_as_they_are():
+    soft = torch.rand(2, 48, 64, generator=torch.Generator().manual_seed(4))
+    model = teacher_of(PLAN)
+    loss = model(IMAGES, [{**TARGETS[0], "masks": soft}, target()])["loss_mask"]
+    with torch.no_grad():
+        logits = model.student.maps(IMAGES)[[0, 0]]
+    assert_close(loss.detach(), dice_loss(logits.sigmoid(), soft[:, 2::4, 2::4]).mean())
 
 
 def test_the_weights_scale_their_losses():

@@ -86,7 +86,7 @@ def test_an_annotated_mask_is_used_in_every_step():
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
-    assert losses["loss_pixel"] > 0
+    assert losses["loss_mask"] > 0
     assert model.last_pseudo_masks.confidence.tolist() == [1.0]
 
 

@@ -69,12 +69,6 @@ def nan_without_samples(output, targets):
     return replace(output, losses={**output.losses, "loss_mean": mean})
 
 
-def divided_by_area(output, targets):
-    boxes = torch.cat([target["boxes"] for target in targets])
-    loss = (output.losses["loss_box"] / (boxes[:, 2:] - boxes[:, :2]).prod(1)).sum()
-    return replace(output, losses={**output.losses, "loss_area": loss})
-
-
 def bends_labels(targets):
     return [{**target, "labels": target["labels"].clamp(max=NUM_CLASSES - 1)} for target in targets]
 
@@ -120,7 +114,6 @@ EDGES = {
         Broken(output=nan_without_samples),
         "a batch without any box: loss_mean is nan: divide",
     ),
-    "division by area": (Broken(output=divided_by_area), "boxes without area: loss_area is inf"),
     "an error without boxes": (
         Broken(targets=indexes_boxes),
         "an image without boxes: it raised IndexError .*make this case work",

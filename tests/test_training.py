@@ -22,6 +22,7 @@ from tests.engine_support import (
     train_arguments,
     without_masks,
 )
+from tests.teaching_support import teacher_of
 
 SEGMENTER = build_segmenter("condinst", 2, backbone="resnet18", weights="none", image_size=64)
 HALVES = torch.tensor([0.2, 0.5, 0.9]).view(3, 1, 1).repeat(1, 16, 16)
@@ -250,3 +251,21 @@ def test_a_diverging_run_stops(shapes, tmp_path, capsys):
     if path.exists():
         segmenter, _ = load_checkpoint(path)
         assert all(torch.isfinite(p).all() for p in segmenter.parameters())
+
+
+def test_the_weights_of_a_checkpoint_are_saved_by_safetensors(run, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    weights = torch.load(run / "last.pt", weights_only=True)["weights"]
+    safetensors.save_file(weights, tmp_path / "weights.safetensors")
+    loaded = safetensors.load_file(tmp_path / "weights.safetensors")
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+
+
+def test_the_state_of_a_wrapper_is_saved_by_safetensors(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = teacher_of()
+    safetensors.save_file(model.state_dict(), tmp_path / "state.safetensors")
+    other = teacher_of()
+    other.load_state_dict(safetensors.load_file(tmp_path / "state.safetensors"))
+    assert other.optimizer_steps == 0

@@ -7,28 +7,37 @@ import torch
 from torch import Tensor, nn
 
 from boxteacher import BoxSupervised, BoxTeacher, InputError, MaskPredictions, ProtocolError, StudentOutput
-from boxteacher.validation import check_batch, check_labels, check_range
+from boxteacher.inputs import cast_batch
+from boxteacher.validation import check_labels, check_range
+from boxteacher.value_checks import ValueChecks
 from tests.support import ScriptedSegmenter, script, seeded_images, target
 from tests.teaching_support import box_teacher
+
+
+def check_batch(images: Any, targets: Any) -> None:
+    cast_batch(images, targets, ScriptedSegmenter(), ValueChecks())
 
 
 def refusal(**changes: Any) -> str:
     given = {**target((0, 0, 8, 8)), **changes}
     with pytest.raises(InputError) as caught:
-        check_batch(seeded_images((32, 32)), [given])  # type: ignore[list-item]
+        check_batch(seeded_images((32, 32)), [given])
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_tensors_of_the_wrong_dtype_or_shape_are_named() -> None:
     assert "boxes are torch.bfloat16" in refusal(boxes=torch.zeros(1, 4, dtype=torch.bfloat16))
-    assert "labels are torch.int32" in refusal(labels=torch.zeros(1, dtype=torch.int32))
+    assert "labels are torch.float32" in refusal(labels=torch.zeros(1))
+    assert "labels are torch.bool" in refusal(labels=torch.zeros(1, dtype=torch.bool))
     assert "has_mask" in refusal(has_mask=torch.ones(1, dtype=torch.bool))
     assert "has_mask" in refusal(has_mask=torch.ones(1), masks=torch.zeros(1, 32, 32))
     assert "mask_confidence" in refusal(mask_confidence=torch.ones(1))
     masks = torch.zeros(1, 32, 32)
-    assert "masks have values from 0 to 255" in refusal(masks=masks + torch.eye(32) * 255)
-    assert "give values in [0, 1]" in refusal(mask_confidence=torch.tensor([1.5]), masks=masks)
+    assert "masks reaches from 0 to 255" in refusal(masks=masks + torch.eye(32) * 255)
+    assert "mask_confidence reaches from 1.5 to 1.5" in refusal(
+        mask_confidence=torch.tensor([1.5]), masks=masks
+    )
     assert "one value in [0, 1] per box" in refusal(mask_confidence=torch.ones(2), masks=masks)
 
 
@@ -36,9 +45,9 @@ def test_a_target_on_another_device_is_named() -> None:
     assert "boxes is on meta" in refusal(boxes=torch.zeros(1, 4, device="meta"))
 
 
-def test_an_image_of_bytes_is_refused() -> None:
-    with pytest.raises(InputError, match=r"image 0 is torch\.uint8"):
-        check_batch([torch.zeros(3, 8, 8, dtype=torch.uint8)], [target((0, 0, 8, 8))])  # type: ignore[list-item]
+def test_an_image_of_whole_numbers_other_than_bytes_is_refused() -> None:
+    with pytest.raises(InputError, match=r"image 0 is torch\.int32"):
+        check_batch([torch.zeros(3, 8, 8, dtype=torch.int32)], [target((0, 0, 8, 8))])
 
 
 @pytest.mark.parametrize("label", [-1, 3])
@@ -108,5 +117,5 @@ def test_the_error_for_a_plain_module_names_all_missing_methods_and_the_guide() 
 
 def test_a_batch_in_one_tensor_and_a_box_with_nan_are_refused() -> None:
     with pytest.raises(InputError, match="give a list"):
-        check_batch(torch.rand(2, 3, 8, 8), [target((0, 0, 8, 8))] * 2)  # type: ignore[arg-type, list-item]
+        check_batch(torch.rand(2, 3, 8, 8), [target((0, 0, 8, 8))] * 2)
     assert "NaN" in refusal(boxes=torch.full((1, 4), float("nan")))

@@ -61,7 +61,7 @@ _NOT_NEEDED = re.compile(
 )
 
 
-def read_released(path: Path) -> SegmenterWeights | None:
+def read_released(path: str | Path) -> SegmenterWeights | None:
     """Reads AdelaiDet's checkpoint of CondInst, BoxInst, BoxTeacher or SOLOv2, a detector of torchvision, or
     an ImageNet backbone in detectron2's, Caffe2's or Swin's format, recognized by its entries' names.
 
@@ -74,7 +74,7 @@ def read_released(path: Path) -> SegmenterWeights | None:
         InputError: the file cannot be read, its network is not one that can be built here, or an ImageNet
             backbone does not fit.
     """
-    return recognize(read_weight_file(path), path)
+    return recognize(read_weight_file(path), Path(path))
 
 
 def recognize(state: dict[str, Tensor], path: Path) -> SegmenterWeights | None:

@@ -83,9 +83,17 @@ class InstanceDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         if self.transform is not None:
             image, target = self.transform(image, target)
         plain: dict[str, Any] = {key: value.as_subclass(Tensor) for key, value in target.items()}
+        plain = _without_empty_boxes(plain)
         plain["image_id"] = int(index.image_ids[i])
         plain["ignored_bottom_rows"] = self.ignored_bottom_rows * image.shape[-2] // height
         return image.as_subclass(Tensor), plain
+
+
+def _without_empty_boxes(target: dict[str, Tensor]) -> dict[str, Any]:
+    """The target without boxes that a transform left no area, as rounding may with the smallest."""
+    x0, y0, x1, y1 = target["boxes"].unbind(1)  # (N,) each
+    kept = (x1 > x0) & (y1 > y0)  # (N,)
+    return target if kept.all() else {key: values[kept] for key, values in target.items()}
 
 
 def collate(batch: Sequence[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], list[dict[str, Any]]]:

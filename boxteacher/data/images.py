@@ -48,7 +48,7 @@ def stored_name(folder: Path, name: str) -> str:
     return next((form for form in forms if os.path.exists(folder / form)), name)
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
+def find_images(paths: Sequence[str | Path]) -> list[Path]:
     """The paths, each folder replaced by the images directly in it in the order of their names.
 
     Hidden files are left out.
@@ -57,7 +57,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         InputError: a folder has no image.
     """
     found: list[Path] = []
-    for path in paths:
+    for path in map(Path, paths):
         if not path.is_dir():
             found.append(path.parent / stored_name(path.parent, path.name))
             continue
@@ -74,7 +74,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
+def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     """Reads an image of any mode as RGB, turned as its EXIF orientation says.
 
     That is the upright view, which annotation tools show. If only the pixels as stored have the annotated
@@ -90,6 +90,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     Raises:
         InputError: the file cannot be read as an image, or is of another size.
     """
+    path = Path(path)
     try:
         with Image.open(path) as image:
             bits = bits_per_sample(image)

@@ -20,7 +20,7 @@ class Split:
     is_coco: bool
 
 
-def find_split(root: Path, name: Literal["train", "val"]) -> Split:
+def find_split(root: str | Path, name: Literal["train", "val"]) -> Split:
     """Finds a split under `root` in one of two layouts.
 
     They are `annotations/NAME.json` with `NAME/`, which wins if both exist, and COCO's own
@@ -29,6 +29,7 @@ def find_split(root: Path, name: Literal["train", "val"]) -> Split:
     Raises:
         InputError: `root` is not a folder, has neither layout, or lacks the images folder.
     """
+    root = Path(root)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the folder that holds 'annotations/' and the images")
     own = Split(root / name, root / "annotations" / f"{name}.json", is_coco=False)
@@ -48,7 +49,7 @@ def find_split(root: Path, name: Literal["train", "val"]) -> Split:
 
 
 def read_split(
-    root: Path,
+    root: str | Path,
     name: Literal["train", "val"],
     *,
     read_masks: bool = False,

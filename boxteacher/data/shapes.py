@@ -37,7 +37,9 @@ _TRIANGLE = ((0.0, -1.0), (math.sqrt(3) / 2, 0.5), (-math.sqrt(3) / 2, 0.5))
 _STAR = ((0.0, -1.0), (_SIN72, -_COS72), (-_SIN72, -_COS72), (_SIN36, _COS36), (-_SIN36, _COS36))
 
 
-def write_shapes(root: Path, *, train: int = 300, val: int = 60, size: int = 128, seed: int = 0) -> None:
+def write_shapes(
+    root: str | Path, *, train: int = 300, val: int = 60, size: int = 128, seed: int = 0
+) -> None:
     """Renders the data set into a new folder, in the first layout of `find_split`.
 
     Each image has one to four objects of four classes, of random colors, some partly occluded; boxes and
@@ -58,6 +60,7 @@ def write_shapes(root: Path, *, train: int = 300, val: int = 60, size: int = 128
     for name, minimum in (("train", 1), ("val", 1), ("size", _MIN_SIZE), ("seed", 0)):
         if settings[name] < minimum:
             raise InputError(f"shapes: {name}={settings[name]} is too small; give at least {minimum}")
+    root = Path(root)
     if _is_written(root, settings):
         return
     root.parent.mkdir(parents=True, exist_ok=True)

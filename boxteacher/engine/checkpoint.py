@@ -2,8 +2,9 @@
 
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from boxteacher.engine.files import write_atomically, write_tensors
@@ -37,7 +38,7 @@ class SegmenterInfo:
     class_names: list[str]
     category_ids: list[int]
     shortest_side: int | None = None
-    refinement: str = "none"
+    refinement: Literal["color", "none"] = "none"
 
     def __post_init__(self) -> None:
         if not (isinstance(self.class_names, list) and isinstance(self.category_ids, list)):
@@ -50,7 +51,7 @@ class SegmenterInfo:
         check_choice("refinement", self.refinement, ("color", "none"))
 
 
-def save_checkpoint(path: Path, segmenter: nn.Module, info: SegmenterInfo) -> None:
+def save_checkpoint(path: str | Path, segmenter: nn.Module, info: SegmenterInfo) -> None:
     """Writes the segmenter's weights and description; a crash leaves an earlier file as it was.
 
     The backbone's `preprocessing` (channel order, mean and std) is saved with them.
@@ -59,18 +60,24 @@ def save_checkpoint(path: Path, segmenter: nn.Module, info: SegmenterInfo) -> No
         "format": _FORMAT,
         "info": asdict(info),
         "preprocessing": _preprocessing(segmenter),
-        "weights": segmenter.state_dict(),
+        "weights": _contiguous(segmenter.state_dict()),
     }
-    write_atomically(path, lambda temporary: write_tensors(temporary, content))
+    write_atomically(Path(path), lambda temporary: write_tensors(temporary, content))
 
 
-def load_checkpoint(path: Path) -> tuple[nn.Module, SegmenterInfo]:
+def _contiguous(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in row-major order and without shared memory, as safetensors takes them too."""
+    return {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
+
+
+def load_checkpoint(path: str | Path) -> tuple[nn.Module, SegmenterInfo]:
     """Builds the segmenter of a checkpoint, in evaluation mode, on the CPU.
 
     Raises:
         InputError: the file is missing, broken or not a checkpoint of this library, or its weights do not fit
             the model that it describes, or were trained with another preprocessing.
     """
+    path = Path(path)
     content = _read(path)
     try:
         info = SegmenterInfo(**content["info"])
@@ -112,10 +119,10 @@ def _preprocessing(segmenter: nn.Module) -> dict[str, Any] | None:
     return None
 
 
-def is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: str | Path) -> bool:
     """Whether a file is a checkpoint of this library."""
     try:
-        _read(path)
+        _read(Path(path))
     except InputError:
         return False
     return True

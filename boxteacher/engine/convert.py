@@ -15,7 +15,7 @@ from boxteacher.state_dicts import SegmenterWeights, first_names
 _LONGEST_SIDE, _SHORTEST_SIDE = 1333, 800
 
 
-def convert(source: Path, destination: Path) -> str:
+def convert(source: str | Path, destination: str | Path) -> str:
     """Writes released weights as a checkpoint, or those of a backbone alone as its state dict.
 
     Args:
@@ -28,6 +28,7 @@ def convert(source: Path, destination: Path) -> str:
     Raises:
         InputError: the file cannot be read, is not known, or does not fit; nothing is written.
     """
+    source, destination = Path(source), Path(destination)
     check_new_file(destination)
     if is_checkpoint(source):
         raise InputError(f"{source}: is a checkpoint of this library already; evaluate it as it is")

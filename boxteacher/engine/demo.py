@@ -16,7 +16,7 @@ _PICTURES = 12
 _SHOWN_SCORE = 0.6
 
 
-def run_demo(output: Path, *, steps: int) -> tuple[Evaluation, Path]:
+def run_demo(output: str | Path, *, steps: int) -> tuple[Evaluation, Path]:
     """Renders `output/data`, trains CondInst on its boxes in `output/run`, evaluates, and draws masks.
 
     The extra `timm` brings the backbone and its weights; nothing is downloaded.
@@ -27,6 +27,7 @@ def run_demo(output: Path, *, steps: int) -> tuple[Evaluation, Path]:
     Raises:
         InputError: `output` holds something else, or the extra `timm` is not installed.
     """
+    output = Path(output)
     data = output / "data"
     settings = TrainSettings(
         model="condinst",

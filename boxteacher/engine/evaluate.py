@@ -46,8 +46,8 @@ class Evaluation:
 
 
 def evaluate(
-    checkpoint: Path,
-    data: Path,
+    checkpoint: str | Path,
+    data: str | Path,
     *,
     refinement: Refinement | None = None,
     device: str = "auto",
@@ -80,7 +80,7 @@ def evaluate(
     )
     text = json.dumps(evaluation.metrics) + "\n"
     try:
-        write_atomically(checkpoint.parent / "metrics.json", lambda path: path.write_text(text))
+        write_atomically(Path(checkpoint).parent / "metrics.json", lambda path: path.write_text(text))
     except OSError as error:  # of a folder that is read-only: the figures are worth more than the file
         logger.warning("the figures are not saved: %s", error)
     return evaluation
@@ -88,7 +88,7 @@ def evaluate(
 
 def evaluate_segmenter(
     segmenter: nn.Module,
-    data: Path,
+    data: str | Path,
     *,
     image_size: int,
     class_names: list[str],

@@ -54,11 +54,11 @@ class SingleImage(nn.Module):
 
 
 def export(
-    checkpoint: Path,
-    output: Path,
+    checkpoint: str | Path,
+    output: str | Path,
     *,
     image_size: tuple[int, int] | None = None,
-    image: Path | None = None,
+    image: str | Path | None = None,
 ) -> Path:
     """Exports a checkpoint's segmenter in the format of the output's suffix, and checks the file.
 
@@ -79,6 +79,7 @@ def export(
         InputError: an argument cannot be used, the segmenter cannot be exported in that format, or the file's
             detections differ from the segmenter's; no file is left.
     """
+    output = Path(output)
     _check_output(output)
     segmenter, info = load_checkpoint(checkpoint)
     network = SingleImage(segmenter)

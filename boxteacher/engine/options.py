@@ -111,7 +111,7 @@ def options_of(settings: type) -> Iterator[Option]:
 def resolve_options(settings: Any) -> None:
     """Resolves defaults that depend on other options and checks every value; call it in `__post_init__`.
 
-    Lists become tuples.
+    Lists become tuples, and names of files paths.
 
     Raises:
         InputError: a value is of another type or out of range; the message names option, value and range.
@@ -122,6 +122,8 @@ def resolve_options(settings: Any) -> None:
             value = each.default(settings)
         if each.is_tuple and isinstance(value, list):
             value = tuple(value)
+        if each.kind is Path and isinstance(value, str) and value not in each.choices:
+            value = Path(value)
         if not each.allows(value):
             raise InputError(f"{each.name} is {value!r}: give {each.expected}")
         object.__setattr__(settings, each.name, value)

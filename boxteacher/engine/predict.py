@@ -24,9 +24,9 @@ from boxteacher.refinement import refine_detections
 
 
 def predict(
-    checkpoint: Path,
-    images: Sequence[Path],
-    output: Path,
+    checkpoint: str | Path,
+    images: Sequence[str | Path],
+    output: str | Path,
     *,
     score_threshold: float = 0.6,
     refinement: Refinement | None = None,
@@ -52,16 +52,16 @@ def predict(
     Raises:
         InputError: the checkpoint or an image cannot be used; nothing is written.
     """
-    images = find_images(images)
-    names = [image.stem for image in images]
+    paths, output = find_images(images), Path(output)
+    names = [path.stem for path in paths]
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
-        first, second, *_ = (image for image in images if image.stem == twice)
+        first, second, *_ = (path for path in paths if path.stem == twice)
         raise InputError(
             f"{first} and {second} would both be drawn to {twice}.png: use two calls with two --output"
         )
     pictures = [output / f"{name}.png" for name in names]
-    for path, picture in zip(images, pictures, strict=True):
+    for path, picture in zip(paths, pictures, strict=True):
         if picture.resolve() == path.resolve():
             raise InputError(f"{path}: its picture would overwrite it: give another --output")
         read_image(path)
@@ -69,7 +69,7 @@ def predict(
     segmenter.to(pick_device(device))
     output.mkdir(parents=True, exist_ok=True)
     results = []
-    for image_id, (path, picture) in enumerate(zip(images, pictures, strict=True)):
+    for image_id, (path, picture) in enumerate(zip(paths, pictures, strict=True)):
         image = read_image(path)
         detections = _detect(segmenter, image, info, refinement or info.refinement)
         kept = detections["scores"] >= score_threshold

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,10 +15,11 @@ from boxteacher.data.masks import encode_binary_masks
 from boxteacher.engine.devices import to_device
 from boxteacher.engine.files import write_atomically
 from boxteacher.grid import MaskGrid
-from boxteacher.protocol import PseudoMaskSource
+from boxteacher.protocol import PseudoMaskSource, Target
 
 logger = logging.getLogger(__name__)
 
+_MAXIMUM_CONFIDENCE = 0.999  # of a pseudo mask: 1 is that of an annotated one
 _FINER = 2  # masks are predicted at this multiple of the training images' size
 
 
@@ -37,16 +39,16 @@ class PredictedMasks:
     def save(self, path: Path, step: int) -> None:
         """Writes one compressed file; a crash leaves an earlier one as it was."""
         counts = [mask or b"" for mask in self.masks]
-        columns = {
-            "step": np.array(step),
-            "counts": np.frombuffer(b"".join(counts), dtype=np.uint8),
-            "ends": np.cumsum([len(each) for each in counts], dtype=np.int64),
-            "confidence": self.confidence,
-        }
 
         def write(temporary: Path) -> None:
             with temporary.open("wb") as file:
-                np.savez_compressed(file, **columns)
+                np.savez_compressed(
+                    file,
+                    step=np.array(step),
+                    counts=np.frombuffer(b"".join(counts), dtype=np.uint8),
+                    ends=np.cumsum([len(each) for each in counts], dtype=np.int64),
+                    confidence=self.confidence,
+                )
 
         write_atomically(path, write)
 
@@ -78,11 +80,11 @@ def predict_pseudo_masks(
     loader = DataLoader(
         images, batch_size=1, num_workers=workers, collate_fn=collate, generator=torch.Generator()
     )
-    for i, batch in enumerate(loader):
-        (image,), (target,) = to_device(*batch, torch.device(device))
+    for i, (batch, targets) in enumerate(loader):
+        (image,), (target,) = to_device(batch, targets, torch.device(device))
         if len(target["boxes"]) == 0:
             continue
-        pseudo = source([image], [target], MaskGrid(1, *image.shape[-2:]))
+        pseudo = source([image], [cast(Target, target)], MaskGrid(1, *image.shape[-2:]))
         start, end = index.starts[i : i + 2]
         objects = start + np.flatnonzero(~index.crowd[start:end])  # (N,)
         height, width = map(int, index.sizes[i])
@@ -95,7 +97,8 @@ def predict_pseudo_masks(
 def with_pseudo_masks(index: DataIndex, predicted: PredictedMasks) -> DataIndex:
     """The data set with pseudo masks where an object has no annotated mask."""
     annotated = index.masks or [None] * len(predicted.masks)
-    confidence = np.where([mask is not None for mask in annotated], 1.0, predicted.confidence)
+    pseudo_confidence = predicted.confidence.clip(max=_MAXIMUM_CONFIDENCE)
+    confidence = np.where([mask is not None for mask in annotated], 1.0, pseudo_confidence)
     return replace(
         index,
         masks=[own or pseudo for own, pseudo in zip(annotated, predicted.masks, strict=True)],

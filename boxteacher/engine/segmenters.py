@@ -3,7 +3,7 @@
 from importlib.metadata import entry_points
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -22,7 +22,7 @@ def build_segmenter(
     num_classes: int,
     *,
     backbone: str,
-    weights: Path | Literal["imagenet", "none"],
+    weights: str | Path,
     image_size: int,
     mask_samples: int = 0,
 ) -> nn.Module:
@@ -35,7 +35,7 @@ def build_segmenter(
         name: name of the segmenter.
         num_classes: number of classes, C.
         backbone: name of the backbone.
-        weights: initial weights of the backbone: a file, ImageNet weights, or none.
+        weights: initial weights of the backbone: path of a file, "imagenet" or "none".
         image_size: longest side of the images in pixels; for small images the network is smaller.
         mask_samples: maximum number of masks per image in training; 0 for the segmenter's default.
 

@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ GROUP = "boxteacher.checkpoints"
 COCO_GROUP = "boxteacher.coco"
 
 
-def read_released(path: Path) -> SegmenterWeights | None:
+def read_released(path: str | Path) -> SegmenterWeights | None:
     """Released weights in a file, or None if no registered reader knows them.
 
     Readers are registered in the entry-point group `boxteacher.checkpoints`: functions from a path to a
@@ -29,7 +29,7 @@ def read_released(path: Path) -> SegmenterWeights | None:
         InputError: the file cannot be read.
     """
     for entry in entry_points(group=GROUP):
-        released: SegmenterWeights | None = entry.load()(path)
+        released: SegmenterWeights | None = entry.load()(Path(path))
         if released is not None:
             return released
     return None
@@ -40,7 +40,7 @@ def build_with_weights(
     num_classes: int,
     *,
     backbone: str,
-    weights: Path | Literal["imagenet", "coco", "none"],
+    weights: str | Path,
     image_size: int,
     **options: Any,
 ) -> nn.Module:
@@ -55,6 +55,7 @@ def build_with_weights(
     options["image_size"] = image_size
     if weights == "coco":
         weights = _coco_file(name, backbone, image_size)
+    weights = weights if weights in ("imagenet", "none") else Path(weights)
     if not isinstance(weights, Path) or (whole := _read_segmenter(weights)) is None:
         return build_segmenter(name, num_classes, backbone=backbone, weights=weights, **options)
     if (whole.model, whole.backbone) != (name, backbone):

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -48,9 +49,12 @@ def _refusal(allowed: bool) -> Iterator[None]:
 
 def _batches(subject: Subject) -> dict[str, Batch]:
     batch = partial(known_boxes, subject, seed=6)
-    flat = batch()
-    flat[1][0]["boxes"][0] = torch.tensor([20.0, 30.0, 20.0, 30.0])
-    flat[1][1]["boxes"][0, 2] = flat[1][1]["boxes"][0, 0]
+    small = batch()
+    small[1][0]["boxes"][0] = torch.tensor([20.0, 30.0, 20.2, 30.1])
+    small[1][1]["boxes"][0, 2] = small[1][1]["boxes"][0, 0] + 0.1
+    images, targets = batch()
+    exact = [image.double() for image in images]
+    lists: Any = [{key: torch.as_tensor(each).tolist() for key, each in t.items()} for t in targets]
     crowded = batch(sizes=((61, 97),), counts=(1,))
     corners = torch.cartesian_prod(torch.arange(12.0) * 8, torch.arange(10.0) * 6)  # (120, 2) x, y
     boxes = torch.cat([corners, corners + 6], 1).to(subject.device)
@@ -59,7 +63,8 @@ def _batches(subject: Subject) -> dict[str, Batch]:
         "a batch with an image without boxes": batch(counts=(0, 2)),
         "a batch without any box": batch(counts=(0, 0)),
         "a batch of one image": batch(sizes=((67, 93),), counts=(1,)),
-        "boxes without area": flat,
+        "boxes of a fraction of a pixel": small,
+        "images in float64 and lists as targets, which come cast": (exact, lists),
         f"images of 13 × 9 pixels{_MAY_REFUSE}": batch(sizes=((9, 13), (7, 5)), counts=(1, 1)),
         f"one image of 8 × 8 pixels{_MAY_REFUSE}": batch(sizes=((8, 8),), counts=(1,)),
         f"an image of 120 boxes{_MAY_REFUSE}": crowded,  # most networks of queries have fewer queries

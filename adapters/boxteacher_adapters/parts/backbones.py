@@ -4,7 +4,6 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from boxteacher.adapter import InputError
 from boxteacher_adapters.parts.pretrained import Preprocessing, PretrainedNetwork, Weights, load_weights
 from boxteacher_adapters.parts.resnets import CAFFE_RESNETS, caffe_resnet, torchvision_resnet
 from boxteacher_adapters.parts.swin import CAFFE_SWINS, TORCHVISION_SWINS, caffe_swin, torchvision_swin
@@ -110,8 +109,6 @@ def build_backbone(
     Raises:
         InputError: the backbone is unknown, or its weights cannot be had or do not fit.
     """
-    if isinstance(weights, str) and weights not in ("imagenet", "none"):
-        raise InputError(f"weights is {weights!r}: give 'imagenet', 'none' or the Path of a file")
     described = _described(name, strides)
     if weights != "none":
         load_weights(described, name, weights)

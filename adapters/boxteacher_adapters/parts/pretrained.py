@@ -15,7 +15,7 @@ from boxteacher_adapters.parts.weight_files import read_weight_file
 
 logger = logging.getLogger(__name__)
 
-Weights = Path | Literal["imagenet", "none"]
+Weights = str | Path
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def load_weights(described: PretrainedNetwork, name: str, weights: Weights) -> N
     Raises:
         InputError: the weights cannot be had or do not fit.
     """
-    state = read_weight_file(weights) if isinstance(weights, Path) else _downloaded(described, name)
+    state = _downloaded(described, name) if weights == "imagenet" else read_weight_file(weights)
     state = described.own_names(state)
     wanted = described.network.state_dict()
     state = {k: v for k, v in state.items() if k in wanted or not k.startswith(described.left_over)}

@@ -20,7 +20,7 @@ _WRAPPERS = ("model", "state_dict", "blobs")  # detectron2's and Swin's, timm's,
 _DTYPE_CODES = ("b1", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
 
 
-def read_weight_file(path: Path) -> dict[str, Tensor]:
+def read_weight_file(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a state dict that torch saved, or of a pickle of numpy arrays (`*.pkl`).
 
     A dict that holds the state dict under "model", "state_dict" or "blobs" is unwrapped. Torch's files are
@@ -30,6 +30,7 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
         InputError: the file does not exist, is truncated, names code to run, or holds anything but one tensor
             per name.
     """
+    path = Path(path)
     if not path.is_file():
         raise InputError(f"weights {path} do not exist: check the path, or give 'imagenet' or 'none'")
     try:

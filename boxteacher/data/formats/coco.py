@@ -21,8 +21,8 @@ _GROUPS = ("categories", "images", "annotations")
 
 
 def read_coco(
-    images: Path,
-    annotations: Path,
+    images: str | Path,
+    annotations: str | Path,
     *,
     read_masks: bool = False,
     masks_optional: bool = False,
@@ -44,6 +44,7 @@ def read_coco(
     Returns:
         The index, and all problems.
     """
+    images, annotations = Path(images), Path(annotations)
     file = _CocoFile(annotations)
     names = dict(file.read("categories", lambda record: (record.id, record.field("name", str))))
     categories = "categories" if category_ids is None else "categories that model and file share"
