@@ -32,7 +32,7 @@ from boxteacher_adapters.mask2former import build_mask2former
 from boxteacher_adapters.mask_rcnn import MaskRCNNProvider, build_mask_rcnn
 from boxteacher_adapters.parts.backbones import build_backbone
 from boxteacher_adapters.solov2 import build_solov2
-from tests.example_support import load_example
+from tests.example_support import TinyBackbone, load_example
 
 NUM_CLASSES = 3
 OUTSIDE = -10.0  # mask logit beyond the box that a mask is cropped to
@@ -291,6 +291,8 @@ def _adapter(build: Callable[..., nn.Module]) -> Callable[[], nn.Module]:
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "small_cropped_prototypes": lambda: CroppedPrototypes(TinyBackbone(), channels=32, prototypes=8),
+    "small_example": lambda: load_example().PrototypeSegmenter(TinyBackbone(), NUM_CLASSES, channels=32),
     "cropped_prototypes": lambda: CroppedPrototypes(build_backbone("efficientnet_lite0", "none")),
     "example": _example,
     "condinst": _adapter(build_condinst),

@@ -47,7 +47,6 @@ STUDENT = {
         r"are off by \(.*, \+.*\) pixels",
     ),
     "the other object's": ({"output": each_other_s}, "target_index names the target of each mask"),
-    "boxes y0, x0, y1, x1": ({"targets": rows_first}, "targets' boxes are read as x0, y0, x1, y1"),
     "probabilities": ({"masks": Tensor.sigmoid}, r"lie in \[0, 1\]: return logits, not probabilities"),
 }
 
