@@ -147,16 +147,17 @@ class BoxTeacher(TrainingWrapper):
         color_weight = self.warmup(self.warmup_steps)
         pseudo_weight = self.warmup(self.pseudo_warmup_steps)
         mask_losses = []
-        for predictions in self.mask_predictions(output, grid):
+        for predictions in self.mask_predictions(output, grid, truth):
             logits, index = predictions.logits, predictions.target_index  # (M, h, w), (M,)
             regions = BoxRegions(truth.extents[index], truth.image_index[index], truth.valid)
             pairs = [color_relation(similarity, regions.image_index), affinity_relation(masks, index)]
             (color_sums, affinity_sums), (color_counts, affinity_counts) = pair_sums(logits, regions, pairs)
-            projection = global_mean(projection_loss(logits, truth.box_masks[index]))
-            pairwise = color_pairwise_loss(color_sums, color_counts)
+            projection = global_mean(projection_loss(logits, truth.box_masks[index]) * predictions.weight)
+            pairwise = color_pairwise_loss(color_sums * predictions.weight, color_counts)
             # … and from the pseudo masks, as far as each is to be trusted (Sec. 3.3).
-            pixel = noise_aware_pixel_loss(logits, masks[index], confidence[index])
-            affinity = noise_reduced_affinity_loss(affinity_sums, affinity_counts, confidence[index])
+            trust = confidence[index] * predictions.weight  # (M,)
+            pixel = noise_aware_pixel_loss(logits, masks[index], trust)
+            affinity = noise_reduced_affinity_loss(affinity_sums, affinity_counts, trust)
             mask_losses.append(
                 {
                     "loss_projection": projection,

@@ -163,6 +163,11 @@ def check_batch(images: Sequence[Tensor], targets: Sequence[Target] | None) -> l
                 raise InputError(
                     f"target {i}: {key} is on {value.device}, its image on {image.device}: move both to one"
                 )
+        if "ignore_boxes" in target:
+            regions = target["ignore_boxes"]
+            _check_shape(f"target {i}: ignore_boxes", regions, (None, 4), "x0, y0, x1, y1 in pixels")
+            if not regions.is_floating_point():
+                raise InputError(f"target {i}: ignore_boxes are {regions.dtype}: give float32")
         if "masks" in target:
             shape = (count, *image.shape[-2:])
             masks = target["masks"]
