@@ -156,6 +156,9 @@ def _check_student_output(subject: Subject, output: StudentOutput, batch: Batch)
             f"{grid.stride}; pad images with boxteacher.adapter.pad_images(images, size_divisor)",
         )
         subject.require_tensor("mask logits", masks.logits, shape, "float")
+        weight = torch.as_tensor(masks.weight)
+        sound = weight.shape in ((), (count,)) and bool((weight > 0).all() and weight.isfinite().all())
+        require(sound, f"weight is {masks.weight}: give one number above 0, or one for each of {count} masks")
         require(masks.logits.requires_grad, "mask logits have no gradient: do not detach or threshold them")
 
 
