@@ -23,7 +23,7 @@ _THROUGHOUT = 0.9  # share of a class's boxes that have its most frequent labels
 _MAX_OFFSET = 0.5  # median offset of masks in cells of the mask grid; of boxes twice that
 _MIN_SWAPPED = 0.35  # mean IoU of boxes whose x and y are exchanged back; some are cut at a side
 _CLEARLY = 0.15  # difference of mean IoUs that chance does not make
-_FITTED = 0.7  # mean IoU of boxes that were learned, once a common shift and scale are undone
+_EXPLAINED = 0.1  # gain in mean IoU by which a common move, scale or order explains where boxes are
 _MOST = 0.75  # share of the masks that lie off to the same side where all are moved
 _UNSEEN = 1_000_000  # seeds from here on are not trained on
 _STUDENT_REMEDY = (
@@ -147,7 +147,7 @@ def _misplacement(shown: Sequence[tuple[Tensor, Tensor, Tensor]], overlap: float
 def _order_explains(subject: Subject, scenes: Sequence[Batch], what: str, overlap: float) -> bool:
     """Whether boxes fit once x and y are exchanged."""
     swapped = float(find(subject, scenes, what, order=(1, 0, 3, 2)).box_overlap.mean())
-    return swapped >= max(_MIN_SWAPPED, overlap + _CLEARLY / 2)
+    return swapped >= max(_MIN_SWAPPED, overlap + _EXPLAINED)
 
 
 def _check_boxes(
@@ -165,7 +165,7 @@ def _check_boxes(
     if overlap >= MIN_OVERLAP * margin and bool((offset.abs() <= limit).all()):
         return
     fitted, description = _fitted(found)
-    fault = fitted >= max(_FITTED, overlap + _CLEARLY / 2)  # a common move explains what they lack
+    fault = fitted >= max(MIN_OVERLAP, overlap + _EXPLAINED)
     off = f"{_pixels(offset)}{description if fault else ''}"
     described = f"the {what}' boxes overlap the known ones by an IoU of {overlap:.2f} and are off by {off}"
     remedy = (
@@ -180,15 +180,14 @@ def _check_boxes(
 
 
 def _fitted(found: Found) -> tuple[float, str]:
-    """IoU of the boxes once a common scale and shift of x and of y are undone, and those in words."""
+    """IoU of the boxes once a common move or scale is undone, whichever fits better, and its name."""
     there = ~found.boxes.isnan().any(1)
-    boxes, known = found.boxes[there], found.known[there]
-    sides, expected = (each[:, 2:] - each[:, :2] for each in (boxes, known))
-    scale = (sides / expected).median(0).values.clamp(min=0.05)  # (2,) x, y
-    shift = (boxes.unflatten(1, (2, 2)).mean(1) / scale - known.unflatten(1, (2, 2)).mean(1)).median(0).values
-    fitted = _box_iou(boxes / scale.repeat(2) - shift.repeat(2), known)
-    (sx, sy), (dx, dy) = scale.tolist(), (shift * scale).tolist()
-    return fitted, f", scaled by {sy:.2f}, {sx:.2f} and moved by {dy:+.1f}, {dx:+.1f}"
+    boxes, known = found.boxes[there], found.known[there]  # (T', 4) each
+    y, x = _box_offset(found).tolist()
+    scale = (boxes[:, 2:] / known[:, 2:]).median(0).values.clamp(min=0.01)  # (2,) x, y
+    moved = _box_iou(boxes - boxes.new_tensor([x, y, x, y]), known), ", all moved alike"
+    scaled = _box_iou(boxes / scale.repeat(2), known), f", all scaled by ({scale[1]:.2f}, {scale[0]:.2f})"
+    return max(moved, scaled)
 
 
 def _check_labels(subject: Subject, found: Found, what: str, margin: float) -> None:
