@@ -11,3 +11,7 @@ class InputError(ValueError):
 
 class ProtocolError(InputError, TypeError):
     """A model or a source of pseudo masks does not follow its protocol; the message names what is wrong."""
+
+
+class InconclusiveError(RuntimeError):
+    """`check_provider` can neither pass nor fault a model, because it has not learned enough to be judged."""

@@ -126,6 +126,8 @@ def _name(i: int, target: Any) -> str:
 def _target(name: str, given: Mapping[str, Any], image: Tensor) -> Target:
     device, size = image.device, (image.shape[-2], image.shape[-1])
     target: dict[str, Any] = {**given, "boxes": _boxes(f"{name}: boxes", given["boxes"], size, device)}
+    if "ignore_boxes" in given:
+        target["ignore_boxes"] = _boxes(f"{name}: ignore_boxes", given["ignore_boxes"], size, device)
     count = len(target["boxes"])
     for key, kind, meaning in (
         ("labels", torch.int64, "one label per box"),

@@ -22,6 +22,7 @@ class Target(TypedDict):
     has_mask: NotRequired[Tensor]  # (N,) bool, which of `masks` there are; all of them if absent
     mask_confidence: NotRequired[Tensor]  # (N,) 1: annotated, also if absent; in (0, 1): pseudo mask; 0: none
     ignored_bottom_rows: NotRequired[int]  # rows at the image's bottom whose colors the losses ignore
+    ignore_boxes: NotRequired[Tensor]  # (K, 4) float, regions such as crowds where no mask is learned
     image_id: NotRequired[int]
     annotation_ids: NotRequired[Tensor]  # (N,) int64
 
@@ -83,10 +84,13 @@ class MaskPredictions:
         logits: (M, h, w) on the mask grid, with gradient.
         target_index: (M,) int64, the target of each sample, as an index into all targets of the batch laid
             end to end (image 0's first). Several samples may share a target.
+        weight: factor of each sample's mask losses, above 0: (M,), or one number for all, such as the weight
+            of a decoder layer or a stage.
     """
 
     logits: Tensor
     target_index: Tensor
+    weight: Tensor | float = 1.0
 
 
 @dataclass(frozen=True)

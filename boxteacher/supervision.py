@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from boxteacher.losses import (
     projection_loss,
 )
 from boxteacher.protocol import Detections, MaskPredictions, PseudoMaskProvider, StudentOutput, Target
-from boxteacher.targets import color_similarity, grid_targets
+from boxteacher.targets import GridTargets, color_similarity, grid_targets
 from boxteacher.validation import check_batch_norms, check_mask_logits, check_range
 from boxteacher.value_checks import ValueChecks
 
@@ -160,8 +161,10 @@ class TrainingWrapper(nn.Module):
                 type(self).__name__,
             )
 
-    def mask_predictions(self, output: StudentOutput, grid: MaskGrid) -> Iterator[MaskPredictions]:
-        """A student's masks, one entry per decoder layer.
+    def mask_predictions(
+        self, output: StudentOutput, grid: MaskGrid, truth: GridTargets
+    ) -> Iterator[MaskPredictions]:
+        """A student's masks, one entry per decoder layer, without gradient in ignore boxes.
 
         Raises:
             ProtocolError: mask logits do not lie on the grid.
@@ -169,6 +172,10 @@ class TrainingWrapper(nn.Module):
         for predictions in output.masks:
             shape = (len(predictions.target_index), *grid.shape)
             check_mask_logits(self.student, "forward_student", predictions.logits, shape)
+            if truth.ignored is not None:
+                ignored = truth.ignored[truth.image_index[predictions.target_index]]  # (M, h, w)
+                logits = torch.where(ignored, predictions.logits.detach(), predictions.logits)
+                predictions = replace(predictions, logits=logits)
             yield predictions
 
     def combine(self, losses: dict[str, Tensor], mask_losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -253,15 +260,16 @@ class BoxSupervised(TrainingWrapper):
 
         output = self.provider.forward_student(images, targets)
         mask_losses = []
-        for predictions in self.mask_predictions(output, grid):
+        for predictions in self.mask_predictions(output, grid, truth):
             logits, index = predictions.logits, predictions.target_index  # (M, h, w), (M,)
             regions = BoxRegions(truth.extents[index], truth.image_index[index], truth.valid)
             colors = color_relation(similarity, regions.image_index)
             (color_sums,), (color_counts,) = pair_sums(logits, regions, [colors])  # (M,) each
-            pairwise = color_pairwise_loss(color_sums, color_counts)
+            pairwise = color_pairwise_loss(color_sums * predictions.weight, color_counts)
+            projection = projection_loss(logits, truth.box_masks[index]) * predictions.weight  # (M,)
             mask_losses.append(
                 {
-                    "loss_projection": global_mean(projection_loss(logits, truth.box_masks[index])),
+                    "loss_projection": global_mean(projection),
                     "loss_pairwise": pairwise * self.warmup(self.warmup_steps),
                 }
             )
@@ -293,10 +301,10 @@ class MaskSupervised(TrainingWrapper):
 
         output = self.provider.forward_student(images, targets)
         mask_losses = []
-        for predictions in self.mask_predictions(output, grid):
+        for predictions in self.mask_predictions(output, grid, truth):
             index = predictions.target_index  # (M,)
-            masks, confidence = truth.masks[index], truth.mask_confidence[index]  # (M, h, w), (M,)
-            mask_losses.append({"loss_mask": noise_aware_pixel_loss(predictions.logits, masks, confidence)})
+            masks, trust = truth.masks[index], truth.mask_confidence[index] * predictions.weight
+            mask_losses.append({"loss_mask": noise_aware_pixel_loss(predictions.logits, masks, trust)})
         checks.finish()
         return self.combine(output.losses, mask_losses)
 

@@ -25,7 +25,8 @@ class GridTargets:
         box_masks: (T, h, w) bool, inside of the box.
         masks: (T, h, w) bool, or in [0, 1] if a target has such masks; 0 where there is none.
         mask_confidence: (T,) in [0, 1], 1 for annotated masks, 0 where there is none.
-        valid: (B, h, w) bool, cells inside the image without its ignored bottom rows.
+        valid: (B, h, w) bool, cells inside the image without its ignored bottom rows and boxes.
+        ignored: (B, h, w) bool, cells in the images' ignore boxes; None if there are none.
     """
 
     boxes: Tensor
@@ -36,6 +37,7 @@ class GridTargets:
     masks: Tensor
     mask_confidence: Tensor
     valid: Tensor
+    ignored: Tensor | None = None
 
 
 def grid_targets(images: Sequence[Tensor], targets: Sequence[Target], grid: MaskGrid) -> GridTargets:
@@ -49,7 +51,13 @@ def grid_targets(images: Sequence[Tensor], targets: Sequence[Target], grid: Mask
     boxes, labels, image_index = flat_targets(targets)
     rows, columns = grid.coordinates(boxes.device)
     masks, mask_confidence = _own_masks(targets, grid)
-    ignored = [target.get("ignored_bottom_rows", 0) for target in targets]
+    bottom_rows = [target.get("ignored_bottom_rows", 0) for target in targets]
+    valid = cells_inside(images, grid, bottom_rows)  # (B, h, w)
+    ignored = None
+    if any(len(target.get("ignore_boxes", ())) for target in targets):
+        regions = [target.get("ignore_boxes", boxes[:0]) for target in targets]
+        ignored = torch.stack([box_masks(each, rows, columns).any(0) for each in regions])  # (B, h, w)
+        valid = valid & ~ignored
     return GridTargets(
         boxes=boxes,
         labels=labels,
@@ -58,7 +66,8 @@ def grid_targets(images: Sequence[Tensor], targets: Sequence[Target], grid: Mask
         box_masks=box_masks(boxes, rows, columns),
         masks=masks,
         mask_confidence=mask_confidence,
-        valid=cells_inside(images, grid, ignored),
+        valid=valid,
+        ignored=ignored,
     )
 
 

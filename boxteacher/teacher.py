@@ -167,15 +167,15 @@ class BoxTeacher(TrainingWrapper):
         # Several processes must all count annotated masks, or none of them.
         with_masks = num_processes() > 1 or any("masks" in target for target in targets)
         mask_losses = []
-        for predictions in self.mask_predictions(output, grid):
+        for predictions in self.mask_predictions(output, grid, truth):
             logits, index = predictions.logits, predictions.target_index  # (M, h, w), (M,)
             regions = BoxRegions(truth.extents[index], truth.image_index[index], truth.valid)
             pairs = [color_relation(similarity, regions.image_index), affinity_relation(masks, index)]
             (color_sums, affinity_sums), (color_counts, affinity_counts) = pair_sums(logits, regions, pairs)
-            projection = global_mean(projection_loss(logits, truth.box_masks[index]))
-            pairwise = color_pairwise_loss(color_sums, color_counts)
+            projection = global_mean(projection_loss(logits, truth.box_masks[index]) * predictions.weight)
+            pairwise = color_pairwise_loss(color_sums * predictions.weight, color_counts)
             # … and from the pseudo masks, as far as each is to be trusted (Sec. 3.3).
-            trust = pseudo_confidence[index]  # (M,)
+            trust = pseudo_confidence[index] * predictions.weight  # (M,)
             pixel = noise_aware_pixel_loss(logits, masks[index], trust)
             affinity = noise_reduced_affinity_loss(affinity_sums, affinity_counts, trust)
             losses = {
@@ -185,7 +185,8 @@ class BoxTeacher(TrainingWrapper):
                 "loss_affinity": affinity * (self.affinity_weight * pseudo_weight),
             }
             if with_masks:
-                annotated = noise_aware_pixel_loss(logits, truth.masks[index], is_annotated[index].float())
+                trust = is_annotated[index] * predictions.weight
+                annotated = noise_aware_pixel_loss(logits, truth.masks[index], trust)
                 losses["loss_mask"] = annotated * self.mask_weight
             mask_losses.append(losses)
         checks.finish()

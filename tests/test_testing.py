@@ -188,27 +188,25 @@ STATE = {
 
 
 @pytest.mark.parametrize("name", STUDENT)
-def test_a_wrong_student_is_named_with_its_remedy(name, monkeypatch):
+def test_a_wrong_student_is_named_with_its_remedy(name):
     changes, words = STUDENT[name]
-    assert_fails(Broken(**changes), words, monkeypatch)
+    assert_fails(Broken(**changes), words)
 
 
 @pytest.mark.parametrize("name", TEACHER)
-def test_a_wrong_teacher_is_named_with_its_remedy(name, monkeypatch):
+def test_a_wrong_teacher_is_named_with_its_remedy(name):
     change, words = TEACHER[name]
-    assert_fails(Broken(candidates=change), words, monkeypatch)
+    assert_fails(Broken(candidates=change), words)
 
 
 @pytest.mark.parametrize("broken", STATE, ids=lambda kind: kind.__name__)
-def test_a_wrong_state_is_named_with_its_remedy(broken, monkeypatch):
-    assert_fails(broken(), STATE[broken], monkeypatch)
+def test_a_wrong_state_is_named_with_its_remedy(broken):
+    assert_fails(broken(), STATE[broken])
 
 
-def test_dropout_in_evaluation_is_named(monkeypatch):
+def test_dropout_in_evaluation_is_named():
     broken = Broken(prototypes=lambda prototypes: nn.functional.dropout(prototypes, 0.2))
-    assert_fails(
-        broken, "determinism of forward_teacher: masks of candidates of two calls .*dropout", monkeypatch
-    )
+    assert_fails(broken, "determinism of forward_teacher: masks of candidates of two calls .*dropout")
 
 
 class WithoutStudent(nn.Module):
@@ -238,11 +236,11 @@ class WithoutParameters(WithoutStudent):
         (TinySegmenter, {"mask_stride": 0}, "mask_stride is 0: make it a whole number of pixels"),
     ],
 )
-def test_a_missing_part_of_the_protocol_is_named(broken, attributes, words, monkeypatch):
+def test_a_missing_part_of_the_protocol_is_named(broken, attributes, words):
     model = broken()
     for name, value in attributes.items():
         setattr(model, name, value)
-    assert_fails(model, f"the parts of the protocol: .*{words}", monkeypatch)
+    assert_fails(model, f"the parts of the protocol: .*{words}")
 
 
 def test_the_number_of_classes_must_be_known():
@@ -252,9 +250,9 @@ def test_the_number_of_classes_must_be_known():
         check_provider(model)
 
 
-def test_a_model_of_fewer_classes_is_told_so(monkeypatch):
+def test_a_model_of_fewer_classes_is_told_so():
     words = "forward_student: it refuses .*labels reach from 0 to 4.*the model's own num_classes"
-    assert_fails(TinySegmenter(NUM_CLASSES), words, monkeypatch, num_classes=5)
+    assert_fails(TinySegmenter(NUM_CLASSES), words, num_classes=5)
 
 
 def test_a_sound_untrained_segmenter_passes_and_stays_as_it_is():

@@ -59,8 +59,8 @@ class SharedCopies(TinySegmenter):
         (SharedCopies, "deepcopy: .* of a copy is the original's own tensor"),
     ],
 )
-def test_what_a_copy_forgets_or_shares_is_named(broken, words, monkeypatch):
-    assert_fails(broken(), words, monkeypatch)
+def test_what_a_copy_forgets_or_shares_is_named(broken, words):
+    assert_fails(broken(), words)
 
 
 def nan_without_samples(output, targets):
@@ -142,9 +142,9 @@ EDGES = {
 
 
 @pytest.mark.parametrize("name", EDGES)
-def test_an_unusual_batch_that_fails_is_named(name, monkeypatch):
+def test_an_unusual_batch_that_fails_is_named(name):
     model, words = EDGES[name]
-    assert_fails(model, words, monkeypatch, check=check_edge_cases)
+    assert_fails(model, words, check=check_edge_cases)
 
 
 def in_half(change):
@@ -165,10 +165,10 @@ HALVES = {
 
 
 @pytest.mark.parametrize("name", HALVES)
-def test_what_half_precision_rounds_is_named(name, monkeypatch):
+def test_what_half_precision_rounds_is_named(name):
     changes, words = HALVES[name]
     words = f"half precision: under bfloat16 autocast .*{words}"
-    assert_fails(Broken(**changes), words, monkeypatch, check=check_half_precision)
+    assert_fails(Broken(**changes), words, check=check_half_precision)
 
 
 @pytest.mark.parametrize(
@@ -178,8 +178,8 @@ def test_what_half_precision_rounds_is_named(name, monkeypatch):
         (HALVES["positions of masks"][0], "half precision"),
     ],
 )
-def test_the_kit_runs_these_checks(changes, words, monkeypatch):
-    assert_fails(Broken(**changes), words, monkeypatch)
+def test_the_kit_runs_these_checks(changes, words):
+    assert_fails(Broken(**changes), words)
 
 
 class TwiceWhenCompiled(ScriptedSegmenter):

@@ -24,7 +24,7 @@ def trained_weights() -> dict[str, Tensor]:
         torch.manual_seed(0)
         trained = subject(TinySegmenter(NUM_CLASSES))
         for _ in range(3):
-            trained = conformance._trained(trained)
+            trained = conformance._trained(trained, steps=200)
         return trained.model.state_dict()
 
 
@@ -73,7 +73,6 @@ def chosen(found: Candidates, keep: Tensor) -> Candidates:
 def assert_fails(
     model: nn.Module,
     words: str,
-    monkeypatch: pytest.MonkeyPatch,
     *,
     steps: int = 1,
     num_classes: int = NUM_CLASSES,
@@ -84,8 +83,7 @@ def assert_fails(
     A check that is given is run alone, instead of the whole kit.
     """
     model.load_state_dict(trained_weights(), strict=False)
-    monkeypatch.setattr(conformance, "_STEPS", steps)
-    kit = partial(check_provider, model, num_classes=num_classes)
+    kit = partial(check_provider, model, num_classes=num_classes, steps=steps)
     with pytest.raises(ProtocolError, match=words) as caught:
         kit() if check is None else check(subject(model))
     assert "\n" not in str(caught.value)

@@ -1,7 +1,10 @@
 """`check_provider`: every check of the kit, the cheap ones first."""
 
 import copy
-from contextlib import suppress
+import logging
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from boxteacher.adaptation import as_provider
-from boxteacher.errors import ProtocolError
+from boxteacher.errors import InconclusiveError, ProtocolError
 from boxteacher.supervision import MaskSupervised
 from boxteacher.testing.edge_cases import check_edge_cases
 from boxteacher.testing.findings import Subject, finding, require, require_finite_step
@@ -17,19 +20,31 @@ from boxteacher.testing.outputs import check_candidates, check_detections, check
 from boxteacher.testing.placement import check_padding, check_places
 from boxteacher.testing.scenes import OBLONG, SQUARE, known_boxes
 from boxteacher.testing.variants import check_compiled, check_copies, check_half_precision
+from boxteacher.validation import check_whole
 
-_STEPS = 200
+logger = logging.getLogger(__name__)
+
 _LOOK_EVERY = 20
+_MIN_STEPS_TO_SILENCE = 100  # before a parameter without a gradient is taken for unused
+_MARGIN = 1.1  # by which training is to exceed what is required
+_MIN_MOMENTUM = 0.1  # of batch norms
 
 
 def check_provider(
-    model: nn.Module, *, num_classes: int | None = None, compiles: bool = False, tolerance: float = 1e-3
+    model: nn.Module,
+    *,
+    num_classes: int | None = None,
+    compiles: bool = False,
+    tolerance: float = 1e-3,
+    steps: int = 400,
+    seed: int = 0,
 ) -> None:
     """Checks that a model does all that the core relies on, and says what to change where it does not.
 
-    The model itself stays as it is: copies of it are run, and one is trained for up to 200 steps on small
-    images with known boxes, to see that boxes, labels and masks are found where they are. Seconds for a small
-    network; build a large one with its smallest settings.
+    The model itself stays as it is, and so do the generators of random numbers: copies of it are run, and
+    one is trained on small images with known boxes, until boxes, labels and masks are found where they are.
+    Seconds for a small network; build a large one with its smallest settings. The logger `boxteacher.testing`
+    reports the training's progress at level INFO.
 
     Example:
         >>> def test_my_segmenter_can_be_taught():  # doctest: +SKIP
@@ -40,19 +55,23 @@ def check_provider(
         num_classes: C; labels are 0 … C−1. The provider's attribute of that name if not given.
         compiles: whether to check `forward_student` and the evaluation call under `torch.compile` as well.
         tolerance: relative difference allowed between two runs that ought to agree.
+        steps: maximum number of training steps, two images each.
+        seed: seed of the random numbers that the model draws.
 
     Raises:
         ProtocolError: a check failed; one line names the check, what was found and what to change.
+        InconclusiveError: known boxes are not found after `steps` steps, and no fault explains it.
+        InputError: `steps` is not a whole number, at least 1.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    check_whole("steps", steps, minimum=1)
+    with _own_random_numbers(seed), torch.enable_grad():
         with finding(model, "the parts of the protocol"):
             subject = _subject(model, num_classes, tolerance)
         check_student(subject)
         check_candidates(subject)
         check_detections(subject)
         # An untrained network may find nothing, so whatever needs candidates looks at a trained copy.
-        trained = _trained(subject)
+        trained = _trained(subject, steps)
         check_candidates(trained)
         check_detections(trained)
         check_places(trained)
@@ -62,6 +81,19 @@ def check_provider(
         check_half_precision(trained)
         if compiles:
             check_compiled(trained)
+
+
+@contextmanager
+def _own_random_numbers(seed: int) -> Iterator[None]:
+    """Seeds torch's generators and Python's, and leaves them as they were."""
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            yield
+    finally:
+        random.setstate(state)
 
 
 def _subject(model: nn.Module, num_classes: int | None, tolerance: float) -> Subject:
@@ -78,14 +110,16 @@ def _subject(model: nn.Module, num_classes: int | None, tolerance: float) -> Sub
     return Subject(provider, classes, tolerance)
 
 
-def _trained(subject: Subject) -> Subject:
-    """The same with a copy, trained with annotated masks until known boxes are found, or for 200 steps."""
+def _trained(subject: Subject, steps: int) -> Subject:
+    """The same with a copy, trained with annotated masks until known boxes are found or steps run out."""
     learner = MaskSupervised(copy.deepcopy(subject.model)).train()
-    trained = replace(subject, model=learner.student)
+    _hasten_batch_norms(learner.student)
     parameters = {name: p for name, p in learner.student.named_parameters() if p.requires_grad}
     silent = dict(parameters)
     optimizer = torch.optim.AdamW(parameters.values(), lr=5e-4, weight_decay=0.0)
-    for step in range(1, _STEPS + 1):
+    # Decay in the second half sharpens what a slow network has learned.
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 - 2 * step / steps))
+    for step in range(1, steps + 1):
         # Square and oblong padded batches, one object and two, take turns.
         sizes, counts = ((SQUARE, (1, 2)), (OBLONG, (2, 2)))[step % 2]
         batch = known_boxes(subject, seed=step, sizes=sizes, counts=counts)
@@ -98,9 +132,10 @@ def _trained(subject: Subject) -> Subject:
         silent = {name: p for name, p in silent.items() if p.grad is None or not bool(p.grad.any())}
         nn.utils.clip_grad_norm_(parameters.values(), 5.0)
         optimizer.step()
+        decay.step()
         if step % _LOOK_EVERY == 0:
-            with suppress(ProtocolError):  # which `check_provider` raises in the end
-                check_places(trained, margin=1.1)
+            trained = replace(subject, model=learner.student, steps=step)
+            if _is_learned(trained) and (not silent or step >= _MIN_STEPS_TO_SILENCE):
                 break
     with finding(subject.model, "training and its gradients"):
         require(
@@ -109,7 +144,25 @@ def _trained(subject: Subject) -> Subject:
             "parameters): use them in a loss or in the mask logits, do not detach what they make, or freeze "
             "them with requires_grad_(False)",
         )
-    return trained
+    return replace(subject, model=learner.student, steps=step)
+
+
+def _is_learned(trained: Subject) -> bool:
+    """Whether known boxes are found, with a margin; `check_provider` says in the end what is missing."""
+    try:
+        check_places(trained, margin=_MARGIN)
+    except (ProtocolError, InconclusiveError) as error:
+        logger.info("%s after %d steps: %s", type(trained.model).__name__, trained.steps, error)
+        return False
+    logger.info("%s after %d steps finds known boxes", type(trained.model).__name__, trained.steps)
+    return True
+
+
+def _hasten_batch_norms(model: nn.Module) -> None:
+    """Lets running statistics follow within a few steps, where a network's own take thousands."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
+            module.momentum = max(module.momentum, _MIN_MOMENTUM)
 
 
 def _check_registered(model: nn.Module, losses: dict[str, Tensor]) -> None:

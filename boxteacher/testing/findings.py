@@ -9,17 +9,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from boxteacher.errors import InputError, ProtocolError
+from boxteacher.errors import InconclusiveError, InputError, ProtocolError
 from boxteacher.protocol import PseudoMaskProvider
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under test, of C classes, and the relative difference allowed between two equal runs."""
+    """A model under test, of C classes, and the relative difference allowed between two equal runs.
+
+    `steps` counts the training steps that the kit has spent on it.
+    """
 
     model: nn.Module
     num_classes: int
     tolerance: float
+    steps: int = 0
 
     @property
     def provider(self) -> PseudoMaskProvider:
@@ -73,6 +77,8 @@ def finding(model: nn.Module, check: str) -> Iterator[None]:
     """Turns whatever goes wrong inside into one line that names the model and the check."""
     try:
         yield
+    except InconclusiveError:
+        raise
     except Exception as error:  # an adapter raises whatever its defect leads to
         first_line = (str(error).splitlines() or [""])[0]
         found = f"it raised {type(error).__name__} ({first_line}): make this case work"
@@ -90,6 +96,15 @@ def require(condition: bool, message: str) -> None:
     """Raises ProtocolError with `message`, which says what was found and what to change."""
     if not condition:
         raise ProtocolError(message)
+
+
+def not_learned(subject: Subject, found: str, remedy: str) -> InconclusiveError:
+    """The verdict on what a sound model that learns slowly would show as well."""
+    return InconclusiveError(
+        f"{type(subject.model).__name__} has not learned enough in {subject.steps} steps for check_provider "
+        f"to judge it: {found}; give steps={2 * max(subject.steps, 1)} or more, or a trained model, and "
+        f"if that does not help: {remedy}"
+    )
 
 
 def require_finite_step(model: nn.Module, losses: Mapping[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ from boxteacher.targets import flat_targets
 from boxteacher.testing.findings import Subject, finding, require
 from boxteacher.testing.scenes import OBLONG, Batch, known_boxes
 
+_OWN_SHARE = 0.1  # of the strongest image's gradient; a mask of another image has exactly 0
 _NOT_REPEATED = "of two calls in evaluation mode differ: switch dropout off there, and keep no state"
 
 
@@ -155,11 +156,17 @@ def _check_student_output(subject: Subject, output: StudentOutput, batch: Batch)
             f"{grid.stride}; pad images with boxteacher.adapter.pad_images(images, size_divisor)",
         )
         subject.require_tensor("mask logits", masks.logits, shape, "float")
+        weight = torch.as_tensor(masks.weight)
+        sound = weight.shape in ((), (count,)) and bool((weight > 0).all() and weight.isfinite().all())
+        require(sound, f"weight is {masks.weight}: give one number above 0, or one for each of {count} masks")
         require(masks.logits.requires_grad, "mask logits have no gradient: do not detach or threshold them")
 
 
 def _check_images_of_masks(subject: Subject, images: list[Tensor], targets: list[Target]) -> None:
-    """Checks that a mask depends on the pixels of its own target's image more than on any other's."""
+    """Checks that a mask depends on the pixels of its own target's image.
+
+    Only what is clear counts: layers that mix a batch's images may let a sound mask depend on others too.
+    """
     subject = subject.copy(training=True)
     for module in subject.model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -172,9 +179,9 @@ def _check_images_of_masks(subject: Subject, images: list[Tensor], targets: list
             mine = masks.logits[image_index[masks.target_index] == i].float().square().sum()
             gradients = torch.autograd.grad(mine, images, retain_graph=True, allow_unused=True)
             norms = [0.0 if gradient is None else float(gradient.norm()) for gradient in gradients]
-            strongest = norms.index(max(norms))
+            strongest = max(range(len(norms)), key=lambda k: norms[k])
             require(
-                norms[i] == norms[strongest],
+                not norms[i] < _OWN_SHARE * norms[strongest],  # which NaN is not
                 f"masks whose target_index says image {i} depend mainly on the pixels of image {strongest}: "
                 "target_index counts the targets of image 0 first, then those of image 1, …; bring it into "
                 "that order",
