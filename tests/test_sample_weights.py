@@ -100,7 +100,7 @@ def test_no_mask_is_learned_in_an_ignore_box(kind):
     ("regions", "words"),
     [
         (torch.zeros(4), r"target 0: ignore_boxes has shape \(4,\)"),
-        (torch.zeros(1, 4, dtype=torch.int64), "ignore_boxes are torch.int64: give float32"),
+        (torch.zeros(1, 4, dtype=torch.bool), "ignore_boxes are torch.bool: give float32"),
     ],
 )
 def test_ignore_boxes_that_are_none_are_refused(regions, words):
