@@ -121,7 +121,10 @@ def test_boxes_without_area_are_left_out_with_one_warning(
     # Its segmentation is not checked either.
     folder.content["annotations"][1].update(bbox=box, segmentation=None)
     whole = compressed(filled_mask(1, 1, 6, 6))
-    folder.content["annotations"] += [annotation(6, 9, 3, box, None), annotation(7, 9, 3, [1, 1, 5, 5], whole)]
+    folder.content["annotations"] += [
+        annotation(6, 9, 3, box, None),
+        annotation(7, 9, 3, [1, 1, 5, 5], whole),
+    ]
     index = folder.index(read_masks=True)
     assert index.annotation_ids.tolist() == [1, 5, 7]
     assert index.starts.tolist() == [0, 2, 3]

@@ -71,6 +71,7 @@ class SOLOv2(Segmenter):
 
     mask_stride = 4
     size_divisor = 32
+    max_detections = 100
 
     def __init__(
         self,
@@ -145,6 +146,7 @@ class SOLOv2(Segmenter):
 
     def _select(self, images: Sequence[Tensor], selection: Selection) -> Objects:
         features = self._features(images)
+        selection = selection.up_to(self.max_detections)
         return select_objects(features.category_maps, features.kernels, features.mask_features, selection)
 
 

@@ -46,9 +46,7 @@ def choose_classes(categories: Categories) -> tuple[dict[int, str], list[Problem
     return {each: name for each, name in names.items() if each not in unused}, problems
 
 
-def match_classes(
-    categories: Categories, classes: Mapping[int, str]
-) -> tuple[dict[int, int], list[Problem]]:
+def match_classes(categories: Categories, classes: Mapping[int, str]) -> tuple[dict[int, int], list[Problem]]:
     """Label of each category id that a model knows: by name, or by id where the file has another name for it.
 
     Args:

@@ -17,6 +17,7 @@ from boxteacher.engine.devices import pick_device
 from boxteacher.engine.drawing import draw_detections, write_picture
 from boxteacher.engine.evaluate import coco_results
 from boxteacher.engine.files import write_atomically
+from boxteacher.engine.segmenters import limit_detections
 from boxteacher.errors import InputError
 from boxteacher.protocol import Detections
 
@@ -28,6 +29,7 @@ def predict(
     *,
     score_threshold: float = 0.6,
     device: str = "auto",
+    max_detections: int | None = None,
 ) -> Path:
     """Writes images overlaid with their masks to `output/NAME.png`, and `output/results.json`.
 
@@ -40,6 +42,7 @@ def predict(
         output: folder to write to, created if missing.
         score_threshold: minimum score of the detections that are shown and written.
         device: name of the device (see `pick_device`).
+        max_detections: maximum number of detections per image; the checkpoint's if not given.
 
     Returns:
         Path of `results.json`.
@@ -59,6 +62,8 @@ def predict(
             raise InputError(f"{path}: its picture would overwrite it: give another --output")
         read_image(path)
     segmenter, info = load_checkpoint(checkpoint)
+    if max_detections is not None:
+        limit_detections(segmenter, max_detections)
     segmenter.to(pick_device(device))
     output.mkdir(parents=True, exist_ok=True)
     results = []

@@ -6,7 +6,13 @@ import torch
 from torch import nn
 
 from boxteacher.augmentation import StrongAugmentation
-from boxteacher.engine.batches import check_queries, check_validation_split, training_batches, training_data
+from boxteacher.engine.batches import (
+    check_queries,
+    check_validation_split,
+    max_detections,
+    training_batches,
+    training_data,
+)
 from boxteacher.engine.checkpoint import SegmenterInfo
 from boxteacher.engine.optimization import build_optimizer, build_schedule
 from boxteacher.engine.progress import TrainingLog
@@ -32,7 +38,7 @@ def train(settings: TrainSettings) -> Path:
     torch.manual_seed(settings.seed)
 
     data = training_data(settings)
-    check_validation_split(settings, data)
+    detections = max_detections(settings, data.index, check_validation_split(settings, data))
     segmenter = build_with_weights(
         settings.model,
         len(data.index.class_names),
@@ -40,6 +46,7 @@ def train(settings: TrainSettings) -> Path:
         weights=settings.weights,
         image_size=settings.image_size,
         mask_samples=settings.mask_samples,
+        max_detections=detections,
     )
     # Convolutions are fastest in this memory format, on CPUs and on GPUs.
     segmenter = segmenter.to(memory_format=torch.channels_last)
@@ -55,6 +62,7 @@ def train(settings: TrainSettings) -> Path:
         data.index.class_names,
         data.index.category_ids,
         shortest_side=max(settings.shortest_side, default=None),
+        max_detections=detections,
     )
     write_settings(settings)
     with TrainingLog(settings.output, settings.steps) as log:

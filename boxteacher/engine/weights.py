@@ -117,7 +117,7 @@ def fill(segmenter: nn.Module, num_classes: int, given: SegmenterWeights, path: 
     if difference:
         raise InputError(
             f"weights {path} look like {given.description}, but entries do not fit: {difference}; copy the "
-            "file again, or give the --image-size that the network was built for"
+            "file again, or give the --image-size or --max-detections that the network was built for"
         )
     fitting = {name: value for name, value in given.weights.items() if name not in classifier}
     segmenter.load_state_dict(fitting, strict=False)
