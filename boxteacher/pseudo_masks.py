@@ -1,6 +1,7 @@
 """The EMA teacher as a source of pseudo masks: candidates → assignment → decoded masks → confidence."""
 
 import copy
+import logging
 from typing import Literal, cast
 
 import torch
@@ -17,6 +18,8 @@ from boxteacher.scoring import ConfidenceFormula, mask_confidence, mask_quality,
 from boxteacher.targets import cells_inside, flat_targets
 from boxteacher.validation import check_choice, check_mask_logits, check_range
 from boxteacher.view import TeacherView, check_image_size
+
+logger = logging.getLogger(__name__)
 
 _MASK_THRESHOLD = 0.5
 
@@ -82,6 +85,7 @@ class EMATeacher(nn.Module):
         self.quality_at: Literal["grid", "image"] = quality_at
         self.image_size = image_size
         self.dtype = dtype
+        self._warned = False
 
     @property
     def provider(self) -> PseudoMaskProvider:
@@ -119,6 +123,8 @@ class EMATeacher(nn.Module):
         boxes, labels, box_image = flat_targets(targets)  # (T, 4), (T,), (T,)
         if len(boxes) == 0:
             return PseudoMasks(boxes.new_zeros(0, *grid.shape), boxes.new_zeros(0))
+        most_boxes = max(len(each["boxes"]) for each in targets)
+        self._warn_of_few_candidates(most_boxes)
         view = TeacherView(images, self.image_size)
         with autocast_to(self.dtype, boxes.device):
             candidates = self.provider.forward_teacher(view.images)
@@ -141,7 +147,7 @@ class EMATeacher(nn.Module):
             winner = assign_greedily(
                 torch.where(best[:, None], iou[candidate], 0.0),
                 ranking_score(scores, quality),
-                max(len(each["boxes"]) for each in targets),
+                most_boxes,
             )  # (T,)
             pair = _pair_of(candidate, target, winner, iou.shape)  # (T,)
 
@@ -150,6 +156,17 @@ class EMATeacher(nn.Module):
             return PseudoMasks(
                 masks=F.pad(masks > _MASK_THRESHOLD, (0, 0, 0, 0, 0, 1))[pair],
                 confidence=F.pad(confidence, (0, 1))[pair],
+            )
+
+    def _warn_of_few_candidates(self, boxes: int) -> None:
+        limit = getattr(self.model, "max_detections", boxes)
+        if boxes > limit and not self._warned:
+            self._warned = True
+            logger.warning(
+                "an image has %d boxes, but the teacher proposes at most %d masks per image: set "
+                "max_detections of the segmenter before it is wrapped",
+                boxes,
+                limit,
             )
 
     def _on_grid(

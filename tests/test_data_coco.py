@@ -12,7 +12,16 @@ from PIL import Image
 from torch.testing import assert_close
 
 from boxteacher.data import DataIndex, InstanceDataset, read_coco
-from tests.data_support import HEIGHT, WIDTH, Folder, annotation, compressed, filled_mask, valid_content
+from tests.data_support import (
+    HEIGHT,
+    WIDTH,
+    Folder,
+    annotation,
+    compressed,
+    filled_mask,
+    uncompressed,
+    valid_content,
+)
 
 
 @pytest.fixture
@@ -437,3 +446,20 @@ def test_with_optional_masks_a_bad_mask_is_a_warning_and_the_object_stays(folder
     assert [problem.severity for problem in problems] == ([] if absent else ["warning"])
     assert index.masks is not None
     assert [mask is None for mask in index.masks] == [False, True, False]
+
+
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize(
+    "segmentation",
+    [[[3, 3, 3, 3, 3, 3]], [[5.1, 5.1, 5.3, 5.1, 5.2, 5.2]], uncompressed(np.zeros((HEIGHT, WIDTH)))],
+    ids=["point", "thin", "runs"],
+)
+def test_a_mask_that_covers_no_pixel_counts_as_none(
+    folder: Folder, segmentation: Any, optional: bool
+) -> None:
+    folder.content["annotations"][1]["segmentation"] = segmentation
+    index, (problem,) = folder.read(read_masks=True, masks_optional=optional)
+    assert index.masks is not None
+    assert [mask is None for mask in index.masks] == [False, True, False]
+    assert problem.severity == "warning"
+    assert "(id 2): segmentation covers no pixel" in str(problem)

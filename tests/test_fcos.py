@@ -167,10 +167,10 @@ def test_perfect_predictions_are_found_again():
 
 
 def test_as_many_objects_are_found_as_there_may_be():
-    boxes = [(16 * j, 16 * i, 16 * j + 16, 16 * i + 16) for i in range(15) for j in range(15)]
-    locations = pyramid_locations([torch.zeros(1, 1, 60, 60)], (4,))
+    boxes = [(16 * j, 16 * i, 16 * j + 16, 16 * i + 16) for i in range(20) for j in range(20)]
+    locations = pyramid_locations([torch.zeros(1, 1, 80, 80)], (4,))
     predictions = perfect(match_locations(locations, [target(*boxes)], (), 3), 3)
-    few, many = (select_detections(predictions, locations, [(240, 240)], limit) for limit in (100, 225))
+    few, many = (select_detections(predictions, locations, [(320, 320)], limit) for limit in (100, 400))
     assert len(few.boxes) == 100
     assert sorted(many.boxes.tolist()) == sorted([float(side) for side in box] for box in boxes)
 

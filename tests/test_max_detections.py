@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from boxteacher import BoxTeacher
 from boxteacher.cli import main
 from boxteacher.engine.checkpoint import load_checkpoint
 from boxteacher.engine.segmenters import build_segmenter, limit_detections
 from tests.engine_support import annotation, edited, error_of, train_arguments
-from tests.support import seeded_images
+from tests.support import seeded_images, target
 
 
 def talkative(name: str, **options: Any) -> Any:
@@ -51,6 +52,17 @@ def test_a_network_without_a_maximum_is_left_as_it_is(caplog):
     limit_detections(network, 101)
     assert "Linear has no attribute max_detections" in caplog.text
     assert not hasattr(network, "max_detections")
+
+
+def test_a_teacher_says_once_that_it_proposes_fewer_masks_than_there_are_boxes(caplog):
+    model = BoxTeacher(talkative("condinst").requires_grad_(True)).train()
+    images = seeded_images((128, 128))
+    model(images, [target(*[(8, 8, 72, 72)] * 100)])
+    assert not caplog.records
+    for _ in range(2):
+        model(images, [target(*[(8, 8, 72, 72)] * 101)])
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "has 101 boxes, but the teacher proposes at most 100" in caplog.text
 
 
 def with_more(number: int):
