@@ -74,6 +74,10 @@ class Segmenter(nn.Module, ABC):
         mask_stride: pixels per cell of the mask grid.
         size_divisor: the sides of the padded batch are multiples of this; a multiple of `mask_stride`.
         num_classes: C; labels are 0 … C−1.
+
+    A network that detects a limited number of objects per image has this number as `max_detections`, which
+    limits its candidates too: `boxteacher train` and `evaluate` set it to what the data needs. One with a
+    query per object has `num_queries`.
     """
 
     mask_stride: int

@@ -144,6 +144,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--workers", type=_at_least(0), default=2, help="number of processes that load images (default: 2)"
     )
+    evaluate.add_argument(
+        "--max-detections",
+        type=_at_least(1),
+        help="maximum number of detections per image (default: the run's, or as many as an image has objects "
+        "if that is more); figures of COCO's own 100 are beside those of more",
+    )
 
     refinement_help = "refinement of masks: color or none (default: as the run was made with)"
     evaluate.add_argument("--refinement", choices=("color", "none"), help=refinement_help)
@@ -155,6 +161,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--output", type=Path, required=True, help="folder for the images and results.json")
     predict.add_argument("--score-threshold", type=float, default=0.6, help="minimum score (default: 0.6)")
+    predict.add_argument(
+        "--max-detections", type=_at_least(1), help="maximum number of objects per image (default: the run's)"
+    )
     predict.add_argument("--device", default="auto", help="device: auto (default), cpu, cuda, …")
 
     predict.add_argument("--refinement", choices=("color", "none"), help=refinement_help)

@@ -1,5 +1,6 @@
 """The EMA teacher as a source of pseudo masks: candidates → assignment → decoded masks → confidence."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, cast
@@ -27,6 +28,8 @@ from boxteacher.validation import (
 )
 from boxteacher.value_checks import ValueChecks
 from boxteacher.view import TeacherView, check_image_size
+
+logger = logging.getLogger(__name__)
 
 _MASK_THRESHOLD = 0.5
 
@@ -100,6 +103,7 @@ class EMATeacher(nn.Module):
         self.image_size = image_size
         self.mode: Literal["eval", "train"] = mode
         self.dtype = dtype
+        self._warned = False
 
     @property
     def provider(self) -> PseudoMaskProvider:
@@ -160,6 +164,8 @@ class EMATeacher(nn.Module):
         boxes, labels, box_image = flat_targets(targets)  # (T, 4), (T,), (T,)
         if len(boxes) == 0:
             return PseudoMasks(boxes.new_zeros(0, *grid.shape), boxes.new_zeros(0))
+        most_boxes = max(len(each["boxes"]) for each in targets)
+        self._warn_of_few_candidates(most_boxes)
         view = TeacherView(images, self.image_size)
         with autocast_to(self.dtype, boxes.device), self._labeling(view.images):
             candidates = self.provider.forward_teacher(view.images)
@@ -182,7 +188,7 @@ class EMATeacher(nn.Module):
             winner = assign_greedily(
                 torch.where(best[:, None], iou[candidate], 0.0),
                 ranking_score(scores, quality),
-                max(len(each["boxes"]) for each in targets),
+                most_boxes,
             )  # (T,)
             pair = _pair_of(candidate, target, winner, iou.shape)  # (T,)
 
@@ -191,6 +197,17 @@ class EMATeacher(nn.Module):
             return PseudoMasks(
                 masks=F.pad(masks > _MASK_THRESHOLD, (0, 0, 0, 0, 0, 1))[pair],
                 confidence=F.pad(confidence, (0, 1))[pair],
+            )
+
+    def _warn_of_few_candidates(self, boxes: int) -> None:
+        limit = getattr(self.model, "max_detections", boxes)
+        if boxes > limit and not self._warned:
+            self._warned = True
+            logger.warning(
+                "an image has %d boxes, but the teacher proposes at most %d masks per image: set "
+                "max_detections of the segmenter before it is wrapped",
+                boxes,
+                limit,
             )
 
     def _on_grid(

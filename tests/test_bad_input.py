@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from boxteacher.cli import main
+from boxteacher.engine.batches import check_validation_split, training_data
+from boxteacher.engine.settings import TrainSettings
 from tests.engine_support import (
     annotation,
     drop_annotations,
     edited,
     error_of,
     train_arguments,
+    without_masks,
 )
 
 
@@ -115,20 +118,6 @@ def test_an_unknown_name_is_named(shapes, tmp_path, capsys, option, value):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_image_with_more_boxes_than_queries_is_named_before_the_training(shapes, tmp_path, capsys):
-    def crowded(content: dict[str, Any]) -> None:
-        record = annotation(content)
-        content["annotations"] += [{**record, "id": 10**6 + i} for i in range(100)]
-
-    data = edited(shapes, tmp_path / "data", "train", crowded)
-    message = error_of(train_arguments(data, tmp_path / "run", "--model", "mask2former"), capsys)
-    content = json.loads((data / "annotations" / "train.json").read_text())
-    image = annotation(content)["image_id"]
-    name = next(record["file_name"] for record in content["images"] if record["id"] == image)
-    assert all(part in message for part in (name, "boxes", "mask2former detects at most 100 objects"))
-    assert not (tmp_path / "run").exists()
-
-
 UNREADABLE = ("empty", "truncated", "picture", "foreign", "other", "nothing", "half", "info")
 WRONG_INFO = {
     "size": {"image_size": "big"},
@@ -165,16 +154,60 @@ def test_a_broken_checkpoint_is_named_in_one_line(run, shapes, tmp_path, capsys,
     assert not (path.parent / "metrics.json").exists()
 
 
-def test_an_evaluation_on_other_categories_is_refused(run, shapes, tmp_path, capsys):
-    def renumber(content: dict[str, Any]) -> None:
-        for record in content["categories"]:
-            record["id"] += 10
-        for record in content["annotations"]:
-            record["category_id"] += 10
+def renumber(content: dict[str, Any]) -> None:
+    for record in content["categories"]:
+        record["id"] += 10
+    for record in content["annotations"]:
+        record["category_id"] += 10
 
-    data = edited(shapes, tmp_path / "foreign", "val", renumber)
+
+def renumber_and_rename(content: dict[str, Any]) -> None:
+    renumber(content)
+    for record in content["categories"]:
+        record["name"] += "s"
+
+
+def test_a_validation_split_of_other_categories_is_refused_before_and_after_training(
+    run, shapes, tmp_path, capsys
+):
+    data = edited(shapes, tmp_path / "foreign", "val", renumber_and_rename)
+    count = len(json.loads((data / "annotations" / "val.json").read_text())["annotations"])
+    said = f"{count} of {count} annotations have a category that training does not: discs (id 11)"
     arguments = ["evaluate", str(run / "last.pt"), "--data", str(data), "--workers", "0"]
-    assert "category_id" in error_of(arguments, capsys)
+    assert said in error_of(arguments, capsys)
+    assert said in error_of(train_arguments(data, tmp_path / "run"), capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def few_masks(content: dict[str, Any]) -> None:
+    annotation(content)["segmentation"] = [[]]
+    del content["annotations"][4]["segmentation"]
+
+
+def other_names(content: dict[str, Any]) -> None:
+    content["categories"][0]["name"] = "circle"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            few_masks,
+            ["annotations[2] (id 3): segmentation is no mask", "2 of 12 objects have no mask", "id 3"],
+        ),
+        (without_masks, ["no object has a mask: only boxes are evaluated"]),
+        (renumber, ["12 of 12 annotations have another category id", "matched by name"]),
+        (other_names, ["annotations have another category name", "1 is circle, not disc", "matched by id"]),
+        (lambda c: [a.update(iscrowd=1) for a in c["annotations"][::2]], ["6 of 12 objects are crowds"]),
+        (lambda c: [a.update(bbox=[0.1, 0.2, 0.5, 0.4]) for a in c["annotations"]], ["12 of 12 boxes"]),
+    ],
+)
+def test_what_a_validation_split_lacks_is_said_before_the_training(shapes, tmp_path, caplog, change, said):
+    data = edited(shapes, tmp_path / "data", "val", change)
+    settings = TrainSettings("condinst", data, tmp_path, device="cpu")
+    check_validation_split(settings, training_data(settings))
+    assert all(part in caplog.text for part in said)
+    assert all(str(data / "annotations" / "val.json") in record.message for record in caplog.records)
 
 
 def test_prediction_of_broken_images_or_of_two_of_one_name_writes_nothing(run, shapes, tmp_path, capsys):

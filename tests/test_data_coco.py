@@ -12,7 +12,16 @@ from PIL import Image
 from torch.testing import assert_close
 
 from boxteacher.data import DataIndex, InstanceDataset, read_coco
-from tests.data_support import HEIGHT, WIDTH, Folder, annotation, compressed, filled_mask, valid_content
+from tests.data_support import (
+    HEIGHT,
+    WIDTH,
+    Folder,
+    annotation,
+    compressed,
+    filled_mask,
+    uncompressed,
+    valid_content,
+)
 
 
 @pytest.fixture
@@ -73,11 +82,12 @@ def test_an_optional_field_of_another_type_is_ignored(folder: Folder, field: dic
 
 
 def test_a_crowd_without_a_box_stops_nothing(folder: Folder) -> None:
+    folder.content["annotations"].append(annotation(6, 9, 3, [1, 1, 5, 5], None))
     record = folder.content["annotations"][1]
     record["iscrowd"] = 1
     del record["bbox"]
     index, problems = folder.read()
-    assert len(index.boxes) == 2
+    assert index.annotation_ids.tolist() == [1, 5, 6]
     assert [(problem.severity, "'bbox' is missing" in problem.what) for problem in problems] == [
         ("warning", True)
     ]
@@ -119,23 +129,125 @@ def test_boxes_without_area_are_left_out_with_one_warning(
 ) -> None:
     # Its segmentation is not checked either.
     folder.content["annotations"][1].update(bbox=box, segmentation=None)
-    folder.content["annotations"].append(annotation(6, 9, 3, box, None))
+    whole = compressed(filled_mask(1, 1, 6, 6))
+    folder.content["annotations"] += [
+        annotation(6, 9, 3, box, None),
+        annotation(7, 9, 3, [1, 1, 5, 5], whole),
+    ]
     index = folder.index(read_masks=True)
-    assert index.labels.tolist() == [1, 1]
-    assert index.starts.tolist() == [0, 2, 2]
+    assert index.annotation_ids.tolist() == [1, 5, 7]
+    assert index.starts.tolist() == [0, 2, 3]
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "annotations[1] (id 2): bbox" in caplog.text
     assert "(1 more like this)" in caplog.text
 
 
-def test_given_category_ids_define_the_labels(folder: Folder) -> None:
-    index = folder.index(category_ids=[44, 3, 90])
+def test_given_classes_define_the_labels(folder: Folder) -> None:
+    index, problems = folder.read(classes={44: "cat", 3: "dog", 90: "horse"})
     assert index.labels.tolist() == [0, 1, 0]
     assert index.category_ids == [44, 3, 90]
-    assert index.class_names == ["cat", "dog", "category 90"]
-    message = folder.failure(category_ids=[44])
-    assert "(id 2)" in message
-    assert "category_id 3" in message
+    assert index.class_names == ["cat", "dog", "horse"]
+    assert ["1 of 3 classes have no object here: ['horse']" in each.what for each in problems] == [True]
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "said"),
+    [
+        ({3: "dog", 44: "cat"}, [1, 0, 1], []),
+        ({44: "dog", 3: "cat"}, [1, 0, 1], ["3 of 3 annotations", "dog is 3, not 44", "matched by name"]),
+        ({0: "cat", 1: "dog"}, [0, 1, 0], ["3 of 3 annotations", "cat is 44, not 0", "matched by name"]),
+        ({3: "puppy", 44: "cat"}, [1, 0, 1], ["1 of 3 annotations", "3 is dog, not puppy", "matched by id"]),
+        # A name that two classes share decides nothing.
+        ({3: "dog", 44: "cat", 5: "cat"}, [1, 0, 1], ["1 of 3 classes have no object here"]),
+    ],
+)
+def test_categories_are_matched_by_name_before_id(
+    folder: Folder, classes: dict[int, str], labels: list[int], said: list[str]
+) -> None:
+    index, problems = folder.read(classes=classes)
+    assert index.labels.tolist() == labels
+    assert index.category_ids == list(classes)
+    assert len(problems) == bool(said)
+    assert all(part in str(problems[0]) for part in said)
+    assert all(problem.severity == "warning" for problem in problems)
+
+
+def test_objects_of_a_category_that_training_lacks_are_counted(folder: Folder) -> None:
+    assert folder.failure(classes={3: "dog"}).startswith(
+        f"{folder.file}: categories: 2 of 3 annotations have a category that training does not: cat (id 44)"
+    )
+    # Neither by its name, which is another class's, nor by its id, whose class has another category.
+    message = folder.failure(classes={3: "cat", 44: "mouse"})
+    assert "1 of 3 annotations have a category that training does not: dog (id 3)" in message
+
+
+def test_a_grouping_that_no_annotation_uses_is_no_class(folder: Folder) -> None:
+    """The first category of Roboflow's files."""
+    expected = folder.index()
+    for record in folder.content["categories"]:
+        record["supercategory"] = "animals"
+    folder.content["categories"].insert(0, {"id": 0, "name": "animals", "supercategory": "none"})
+    index, (problem,) = folder.read()
+    assert_same(index, expected)
+    assert "'animals' (id 0) groups others and has 0 of 3 annotations" in str(problem)
+    assert problem.severity == "warning"
+    folder.content["annotations"].append(annotation(9, 9, 0, [1, 1, 5, 5], None))
+    assert folder.index().class_names == ["animals", "dog", "cat"]
+
+
+def test_a_category_of_its_own_name_is_a_class_and_its_lack_of_objects_is_said(folder: Folder) -> None:
+    """COCO's "person" is of the supercategory "person"."""
+    folder.content["categories"].append({"id": 50, "name": "person", "supercategory": "person"})
+    index, (problem,) = folder.read()
+    assert index.class_names == ["dog", "cat", "person"]
+    assert "1 of 3 classes have no object here: ['person']" in str(problem)
+
+
+def test_many_crowds_are_counted(folder: Folder) -> None:
+    content = folder.content
+    content["annotations"] += [annotation(10 + i, 9, 3, [i, 0, 5, 5], None) for i in range(17)]
+    content["annotations"][4]["iscrowd"] = content["annotations"][5]["iscrowd"] = 1
+    assert folder.read()[1] == []
+    for record in content["annotations"][10:]:
+        record["iscrowd"] = 1
+    (problem,) = folder.read()[1]
+    assert problem.severity == "warning"
+    assert "12 of 20 objects are crowds" in str(problem)
+
+
+def as_corners(box: list[float]) -> list[float]:
+    return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+
+
+def as_shares(box: list[float]) -> list[float]:
+    return [box[0] / WIDTH, box[1] / HEIGHT, box[2] / WIDTH, box[3] / HEIGHT]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (as_corners, ["2 of 3 boxes end beyond the right or bottom edge", "corners"]),
+        (as_shares, ["3 of 3 boxes are at most one pixel wide and high", "multiply"]),
+        (lambda box: as_shares(as_corners(box)), ["3 of 3 boxes are at most one pixel", "multiply"]),
+    ],
+    ids=["corners", "shares", "corners as shares"],
+)
+def test_boxes_that_can_hardly_be_in_pixels_are_counted(folder: Folder, change, said: list[str]) -> None:
+    for record in folder.content["annotations"]:
+        record["bbox"] = change(record["bbox"])
+    _, (problem,) = folder.read()
+    assert problem.severity == "warning"
+    assert all(part in str(problem) for part in (str(folder.file), *said))
+
+
+def test_boxes_that_touch_the_edge_or_are_tiny_are_no_reason_for_a_warning(folder: Folder) -> None:
+    for record, box in zip(
+        folder.content["annotations"],
+        ([30, 4, WIDTH - 29, HEIGHT - 4], [-5, -5, 60, HEIGHT + 5.9], [8, 9, 1, 1]),
+        strict=True,
+    ):
+        record["bbox"] = box
+    assert folder.read()[1] == []
 
 
 # A change of the content, and parts of the message that it leads to.
@@ -334,3 +446,20 @@ def test_with_optional_masks_a_bad_mask_is_a_warning_and_the_object_stays(folder
     assert [problem.severity for problem in problems] == ([] if absent else ["warning"])
     assert index.masks is not None
     assert [mask is None for mask in index.masks] == [False, True, False]
+
+
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize(
+    "segmentation",
+    [[[3, 3, 3, 3, 3, 3]], [[5.1, 5.1, 5.3, 5.1, 5.2, 5.2]], uncompressed(np.zeros((HEIGHT, WIDTH)))],
+    ids=["point", "thin", "runs"],
+)
+def test_a_mask_that_covers_no_pixel_counts_as_none(
+    folder: Folder, segmentation: Any, optional: bool
+) -> None:
+    folder.content["annotations"][1]["segmentation"] = segmentation
+    index, (problem,) = folder.read(read_masks=True, masks_optional=optional)
+    assert index.masks is not None
+    assert [mask is None for mask in index.masks] == [False, True, False]
+    assert problem.severity == "warning"
+    assert "(id 2): segmentation covers no pixel" in str(problem)

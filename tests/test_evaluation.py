@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from boxteacher.cli import main
-from boxteacher.data import DataIndex, read_split
+from boxteacher.data import DataIndex
 from boxteacher.data.index import IndexedImage, IndexedObject, build_index
-from boxteacher.engine.evaluate import coco_evaluation, coco_results
+from boxteacher.engine.average_precision import coco_evaluation
+from boxteacher.engine.evaluate import coco_results, read_truth
 from tests.data_support import compressed
 from tests.engine_support import annotation, edited, without_masks
 
@@ -53,7 +55,7 @@ def test_evaluation_finds_files_however_their_names_are_composed(run, shapes, tm
 
 
 def truth(root: Path) -> DataIndex:
-    return read_split(root, "val", read_masks=True, masks_optional=True)
+    return read_truth(root, ["disc", "triangle", "star", "cross"], [1, 2, 3, 4])
 
 
 def truth_as_results(root: Path) -> list[dict[str, Any]]:
@@ -214,9 +216,33 @@ def loosely_typed(content: dict[str, Any]) -> None:
         record.update(area=None, iscrowd="0")
 
 
+def without_values(content: dict[str, Any]) -> None:
+    content.update(info=None, licenses=None)
+    for record in content["annotations"]:
+        record.update(area=None, iscrowd=None)
+
+
 def numbered_from_0(content: dict[str, Any]) -> None:
     for k, record in enumerate(content["annotations"]):
         record["id"] = k
+
+
+def numbered_from_0_downwards(content: dict[str, Any]) -> None:
+    for k, record in enumerate(content["annotations"]):
+        record["id"] = -k
+
+
+def with_other_category_ids(content: dict[str, Any]) -> None:
+    for record in content["categories"]:
+        record["id"] = 4 - record["id"]
+    for record in content["annotations"]:
+        record["category_id"] = 4 - record["category_id"]
+
+
+def with_a_crowd_without_a_box(content: dict[str, Any]) -> None:
+    crowd = {**content["annotations"][0], "id": 999, "iscrowd": 1}
+    del crowd["bbox"]
+    content["annotations"].insert(0, crowd)
 
 
 def with_a_box_outside(content: dict[str, Any]) -> None:
@@ -224,7 +250,13 @@ def with_a_box_outside(content: dict[str, Any]) -> None:
     content["annotations"].insert(0, {**first, "id": 999, "bbox": [1000, 5, 9, 9]})
 
 
-@pytest.mark.parametrize("change", [bare, loosely_typed, numbered_from_0, with_a_box_outside])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(bare, loosely_typed, without_values, numbered_from_0, numbered_from_0_downwards),
+        *(with_other_category_ids, with_a_crowd_without_a_box, with_a_box_outside),
+    ],
+)
 def test_unusual_but_valid_files_change_no_precision(shapes, tmp_path, change):
     data = edited(shapes, tmp_path / "data", "val", change)
     assert coco_evaluation(truth(data), truth_as_results(shapes)).metrics == {"segm": FULL, "bbox": FULL}
@@ -249,7 +281,7 @@ def test_objects_without_a_valid_mask_are_ignored_in_mask_ap(shapes, tmp_path, c
     assert "segmentation is no mask" in caplog.text
     found = truth_as_results(shapes)
     assert coco_evaluation(index, found).metrics == {"segm": FULL, "bbox": FULL}
-    assert "2 objects have no mask" in caplog.text
+    assert "2 of 12 objects have no mask, the first the annotation of id 3" in caplog.text
     missed = [row for k, row in enumerate(found) if k not in (2, 4)]
     metrics = coco_evaluation(index, missed).metrics
     assert metrics["segm"] == FULL
@@ -257,6 +289,99 @@ def test_objects_without_a_valid_mask_are_ignored_in_mask_ap(shapes, tmp_path, c
     results = random_results(shapes)
     expected = coco_evaluation(truth(shapes), results).metrics["bbox"]
     assert coco_evaluation(index, results).metrics["bbox"] == expected
+
+
+def rectangle(box: list[float]) -> list[float]:
+    x, y, width, height = box
+    return [x, y, x + width, y, x + width, y + height, x, y + height]
+
+
+ODD_MASKS: dict[str, Any] = {
+    "null": lambda box: None,
+    "no ring": lambda box: [],
+    "empty ring": lambda box: [[]],
+    "empty rings": lambda box: [[], []],
+    "a box": lambda box: box,
+    "a box as ring": lambda box: [box],
+    "a point": lambda box: [box[:2]],
+    "no pixel": lambda box: [[box[0], box[1]] * 3],
+    "a ring and a point": lambda box: [rectangle(box), box[:2]],
+}
+
+
+@pytest.mark.parametrize("name", ODD_MASKS)
+@pytest.mark.parametrize("objects", [slice(0, 1), slice(None)], ids=["one", "all"])
+def test_box_ap_never_depends_on_masks(shapes, tmp_path, name, objects):
+    def change(content: dict[str, Any]) -> None:
+        for record in content["annotations"][objects]:
+            record["segmentation"] = ODD_MASKS[name](record["bbox"])
+
+    index = truth(edited(shapes, tmp_path / "data", "val", change))
+    expected = coco_evaluation(truth(shapes), random_results(shapes)).metrics["bbox"]
+    assert coco_evaluation(index, random_results(shapes)).metrics["bbox"] == expected
+    found = truth_as_results(shapes)
+    if name == "a ring and a point":
+        for row in found[objects]:
+            height, width = row["segmentation"]["size"]
+            rings = mask_utils.frPyObjects([rectangle(row["bbox"])], height, width)
+            row["segmentation"] = {**rings[0], "counts": rings[0]["counts"].decode()}
+        assert coco_evaluation(index, found).metrics == {"segm": FULL, "bbox": FULL}
+    else:
+        segm = FULL if objects.stop else None
+        assert coco_evaluation(index, found).metrics == {"segm": segm, "bbox": FULL}
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_one_object_of_id_0_is_found(count):
+    """To pycocotools an object of id 0 is never matched."""
+    index, results = squares(count)
+    assert index.annotation_ids[0] == 0
+    assert coco_evaluation(index, results).metrics == {"segm": FULL, "bbox": FULL}
+
+
+def squares(count: int) -> tuple[DataIndex, list[dict[str, Any]]]:
+    """Objects of 8 × 8 pixels in rows of 15 in one image, and perfect results."""
+    objects, results = [], []
+    for i in range(count):
+        x, y = 16 * (i % 15), 16 * (i // 15)
+        mask = np.zeros((240, 240), dtype=np.uint8)
+        mask[y : y + 8, x : x + 8] = 1
+        rle = compressed(mask)
+        counts = rle["counts"].encode()
+        objects.append(IndexedObject(0, (x, y, x + 8, y + 8), 0, i, False, 64, counts))
+        row = {"image_id": 3, "category_id": 1, "bbox": [x, y, 8, 8], "segmentation": rle}
+        results.append({**row, "score": 1 - i / 1000})
+    image = IndexedImage(3, "3.png", (240, 240))
+    options = {"class_names": ["cell"], "category_ids": [1], "problems": []}
+    return build_index(Path("images"), Path("val.json"), [image], objects, **options), results
+
+
+def test_all_objects_of_an_image_are_compared_beside_coco_s_100():
+    index, results = squares(225)
+    index = replace(index, masks=None)
+    evaluation = coco_evaluation(index, results)
+    # Recall 100 / 225 reaches 45 of COCO's 101 recall levels.
+    at_100 = dict.fromkeys(("AP@100", "AP50@100", "AP75@100"), 44.55)
+    assert evaluation.metrics == {"segm": None, "bbox": FULL | at_100}
+    limited = coco_evaluation(index, results, max_detections=100)
+    assert limited.metrics == {"segm": None, "bbox": dict.fromkeys(FULL, 44.55)}
+
+
+def test_the_lines_of_more_detections_are_those_of_pycocotools(shapes):
+    results = random_results(shapes)
+    lines = coco_evaluation(truth(shapes), results, max_detections=225).table.split("Boxes\n")[1].splitlines()
+    with contextlib.redirect_stdout(io.StringIO()):
+        content = COCO(str(shapes / "annotations" / "val.json"))
+        content.dataset["info"] = {}
+        reference = COCOeval(content, content.loadRes(results), "bbox")
+        reference.params.maxDets = [1, 10, 225]
+        reference.evaluate()
+        reference.accumulate()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        reference.summarize()
+    # Its first line is always of 100 detections, of which it knows nothing here.
+    assert lines[1:6] == printed.getvalue().splitlines()[1:6]
+    assert lines[0] == lines[6].replace("maxDets=100", "maxDets=225")  # no image has more than 100 results
 
 
 @settings(max_examples=30, deadline=None)

@@ -168,6 +168,15 @@ def test_perfect_predictions_are_found_again():
     )
 
 
+def test_as_many_objects_are_found_as_there_may_be():
+    boxes = [(16 * j, 16 * i, 16 * j + 16, 16 * i + 16) for i in range(20) for j in range(20)]
+    locations = pyramid_locations([torch.zeros(1, 1, 80, 80)], (4,))
+    predictions = perfect(match_locations(locations, [target(*boxes)], (), 3), 3)
+    few, many = (select_detections(predictions, locations, [(320, 320)], limit) for limit in (100, 400))
+    assert len(few.boxes) == 100
+    assert sorted(many.boxes.tolist()) == sorted([float(side) for side in box] for box in boxes)
+
+
 def test_the_same_object_in_two_images_is_found_in_both_and_two_classes_do_not_hide_each_other():
     locations = small_pyramid()
     matched = match_locations(locations, [TARGETS[1], TARGETS[1]], (16, 32), 3)

@@ -65,6 +65,7 @@ class CondInst(Segmenter):
 
     mask_stride = 4
     size_divisor = 32
+    max_detections = 100
 
     def __init__(
         self,
@@ -138,7 +139,9 @@ class CondInst(Segmenter):
     def _select(self, images: Sequence[Tensor]) -> tuple[_Features, DenseDetections]:
         features = self._features(images)
         sizes = [image.shape[-2:] for image in images]
-        return features, select_detections(features.predictions, features.locations, sizes)
+        return features, select_detections(
+            features.predictions, features.locations, sizes, self.max_detections
+        )
 
     def _masks(self, features: _Features, image_index: Tensor, location: Tensor) -> Tensor:
         """Mask logits (M, H / 4, W / 4) of locations (M,) in images (M,)."""

@@ -18,9 +18,9 @@ from boxteacher_adapters.parts.maps import flatten_levels
 _CLASS_PRIOR = 0.01  # initial probability of every class (RetinaNet, ICCV 2017, Sec. 4.1)
 _CENTER_RADIUS = 1.5  # distance in strides, on both axes, below which a location is near a box's center
 _CLASS_THRESHOLD = 0.05  # class probability that a detection must exceed
-_CANDIDATES_PER_LEVEL = 1000  # pairs of location and class that go to NMS, per level and image
+_CANDIDATES_PER_LEVEL = 1000  # pairs of location and class that go to NMS, per level and image, at least
+_CANDIDATES_PER_DETECTION = 10
 _NMS_THRESHOLD = 0.6  # IoU with a better box of the same class above which a box is removed
-_DETECTIONS_PER_IMAGE = 100
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,10 @@ class DenseDetections:
 
 
 def select_detections(
-    predictions: DensePredictions, locations: Locations, image_sizes: Sequence[Sequence[int]]
+    predictions: DensePredictions,
+    locations: Locations,
+    image_sizes: Sequence[Sequence[int]],
+    max_detections: int = 100,
 ) -> DenseDetections:
     """Boxes above the class threshold, after NMS within each class and image.
 
@@ -322,7 +325,9 @@ def select_detections(
         predictions: of B images at L locations.
         locations: L of them.
         image_sizes: height and width in pixels of each image.
+        max_detections: maximum number of boxes per image, the best first.
     """
+    candidates = max(_CANDIDATES_PER_LEVEL, _CANDIDATES_PER_DETECTION * max_detections)
     num_classes = predictions.class_logits.shape[-1]
     class_probability = predictions.class_logits.float().sigmoid()  # (B, L, C)
     scores = (class_probability * predictions.centerness.float().sigmoid()[..., None]).sqrt()
@@ -331,7 +336,7 @@ def select_detections(
     first = 0
     for count in locations.counts:
         level_scores = scores[:, first : first + count].flatten(1)  # (B, L_i · C)
-        values, entry = level_scores.topk(min(_CANDIDATES_PER_LEVEL, level_scores.shape[1]), dim=1)
+        values, entry = level_scores.topk(min(candidates, level_scores.shape[1]), dim=1)
         best.append(values)
         entries.append(first * num_classes + entry)
         first += count
@@ -346,7 +351,7 @@ def select_detections(
     sizes = torch.tensor(image_sizes, device=boxes.device, dtype=boxes.dtype)[image]  # (K, 2) height, width
     boxes = boxes.clamp(min=0).minimum(sizes.flip(1).repeat(1, 2))
     inside = (boxes[keep, 2:] > boxes[keep, :2]).all(1)  # not wholly in the padding
-    keep = keep[(rank_in_group(image[keep], score[keep]) < _DETECTIONS_PER_IMAGE) & inside]
+    keep = keep[(rank_in_group(image[keep], score[keep]) < max_detections) & inside]
     keep = keep[image[keep].argsort(stable=True)]
     return DenseDetections(boxes[keep], score[keep], label[keep], image[keep], location[keep])
 

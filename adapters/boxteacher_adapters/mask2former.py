@@ -33,7 +33,6 @@ from boxteacher_adapters.parts.pixel_decoder import PixelDecoder
 STRIDES = (4, 8, 16, 32)
 _CLASS_WEIGHT = 2.0
 _NO_OBJECT_WEIGHT = 0.1
-_DETECTIONS_PER_IMAGE = 100
 
 
 class Mask2Former(Segmenter):
@@ -56,6 +55,7 @@ class Mask2Former(Segmenter):
 
     mask_stride = 4
     size_divisor = 32
+    max_detections = 100
 
     def __init__(
         self,
@@ -86,12 +86,12 @@ class Mask2Former(Segmenter):
     def detect(self, images: Sequence[Tensor]) -> list[Detections]:
         """Detections of images (3, H_i, W_i), with mask probabilities (K, 1, H_i, W_i).
 
-        As in the original instance inference, the 100 best pairs of query and class, scored by class
-        probability times mean probability over the mask; boxes are the masks' extents.
+        As in the original instance inference, the best pairs of query and class, `max_detections` of them,
+        scored by class probability times mean probability over the mask; boxes are the masks' extents.
         """
         class_logits, logits = self._last_layer(images)
         return [
-            _detections_of_image(classes, masks, image.shape[-2:])
+            _detections_of_image(classes, masks, image.shape[-2:], self.max_detections)
             for classes, masks, image in zip(class_logits, logits, images, strict=True)
         ]
 
@@ -180,10 +180,12 @@ def _classification_loss(layers: Sequence[QueryPredictions], grid: GridTargets, 
     return _CLASS_WEIGHT * loss * (total_weight / global_count(total_weight))
 
 
-def _detections_of_image(class_logits: Tensor, logits: Tensor, size: Sequence[int]) -> Detections:
+def _detections_of_image(
+    class_logits: Tensor, logits: Tensor, size: Sequence[int], max_detections: int
+) -> Detections:
     """Detections from class logits (Q, C + 1) and mask logits (Q, h, w)."""
     probability = class_logits.softmax(-1)[:, :-1]  # (Q, C)
-    scores, entry = probability.flatten().topk(min(_DETECTIONS_PER_IMAGE, probability.numel()))
+    scores, entry = probability.flatten().topk(min(max_detections, probability.numel()))
     query, labels = entry // probability.shape[1], entry % probability.shape[1]
     enlarged = upsample_aligned(logits[None], Mask2Former.mask_stride)[0, :, : size[0], : size[1]]
     masks = enlarged.sigmoid()  # (Q, H, W)
@@ -200,7 +202,12 @@ def _detections_of_image(class_logits: Tensor, logits: Tensor, size: Sequence[in
 
 
 def build_mask2former(
-    num_classes: int, *, backbone: str = "resnet50", weights: Weights = "imagenet", image_size: int = 1333
+    num_classes: int,
+    *,
+    backbone: str = "resnet50",
+    weights: Weights = "imagenet",
+    image_size: int = 1333,
+    max_detections: int = 100,
 ) -> Mask2Former:
     """Mask2Former with a spatial prior; for images of at most 512 pixels smaller than the paper's.
 
@@ -213,13 +220,15 @@ def build_mask2former(
         backbone: name of the backbone; see `build_backbone`.
         weights: weights of the backbone; see `build_backbone`.
         image_size: longest side of the images in pixels.
+        max_detections: maximum number of detections per image; there are as many queries, at least 100.
 
     Raises:
         InputError: the backbone is unknown, or its weights cannot be had or do not fit.
     """
     body = build_backbone(backbone, weights, strides=STRIDES)
-    if image_size > 512:
-        return Mask2Former(body, num_classes, spatial_prior=True)
-    return Mask2Former(
-        body, num_classes, channels=128, encoder_layers=3, decoder_layers=3, spatial_prior=True
-    )
+    size: dict[str, int] = {}
+    if image_size <= 512:
+        size = {"channels": 128, "encoder_layers": 3, "decoder_layers": 3}
+    model = Mask2Former(body, num_classes, num_queries=max(100, max_detections), spatial_prior=True, **size)
+    model.max_detections = max_detections
+    return model

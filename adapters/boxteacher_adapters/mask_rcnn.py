@@ -46,6 +46,7 @@ OUTSIDE = -10.0
 """Mask logit of the cells that a pasted mask does not reach."""
 
 _INITIAL_LOGIT = 2.0  # of every class's masks
+_PROPOSALS_PER_DETECTION = 3  # at least, in evaluation
 _LEVELS = ["0", "1", "2", "3"]  # torchvision's names of the maps that regions are pooled from
 
 
@@ -87,6 +88,15 @@ class MaskRCNNProvider(Segmenter):
         self.num_classes = int(model.roi_heads.box_predictor.cls_score.out_features) - 1
         self.max_samples = max_samples
 
+    @property
+    def max_detections(self) -> int:
+        """torchvision's `box_detections_per_img`."""
+        return int(self.model.roi_heads.detections_per_img)
+
+    @max_detections.setter
+    def max_detections(self, value: int) -> None:
+        self.model.roi_heads.detections_per_img = value
+
     def detect(self, images: Sequence[Tensor]) -> list[Detections]:
         """torchvision's detections of images (3, H_i, W_i), with labels 0 … C−1."""
         return [{**found, "labels": found["labels"] - 1} for found in self.model(list(images))]
@@ -94,7 +104,7 @@ class MaskRCNNProvider(Segmenter):
     def forward_teacher(self, images: list[Tensor]) -> Candidates:
         """Detections as candidates; masks are decoded in the ground-truth boxes they may be assigned to.
 
-        The model's own `box_score_thresh` and `box_detections_per_img` determine which detections there are.
+        The model's own `box_score_thresh` and `max_detections` determine which detections there are.
         """
         inputs = self._inputs(images)
         heads, sizes = self.model.roi_heads, inputs.images.image_sizes
@@ -315,14 +325,16 @@ def build_mask_rcnn(
     weights: Weights = "imagenet",
     image_size: int = 1333,
     mask_samples: int | None = None,
+    max_detections: int = 100,
 ) -> MaskRCNNProvider:
     """Mask R-CNN on a feature pyramid as in torchvision, or, for images of at most 512 pixels, smaller.
 
     The small one has 128 channels in the pyramid instead of 256, 256 in the box head instead of 1024, 64 in
     the mask head instead of 256, anchors of half the size, keeps 500 proposals per image in training and 300
     in evaluation instead of 2000 and 1000, samples 64 of them instead of 512, a quarter of those at most for
-    masks, and pools the features at one point per cell of a region instead of four. Images are not
-    resized. Masks begin as filled boxes, which learning from boxes alone requires.
+    masks, and pools the features at one point per cell of a region instead of four. In evaluation both keep
+    three proposals per detection if that is more. Images are not resized. Masks begin as filled boxes, which
+    learning from boxes alone requires.
 
     Args:
         num_classes: C, without background.
@@ -331,6 +343,7 @@ def build_mask_rcnn(
         image_size: longest side of the images in pixels.
         mask_samples: maximum number of masks per image in training, `max_samples` of `MaskRCNNProvider`; 64,
             or 16 in the small one, if not given.
+        max_detections: maximum number of detections per image, torchvision's `box_detections_per_img`.
 
     Raises:
         InputError: the backbone is unknown, or its weights cannot be had or do not fit.
@@ -339,17 +352,20 @@ def build_mask_rcnn(
     small = image_size <= 512
     channels, hidden, mask_channels, sampled = (128, 256, 64, 64) if small else (256, 1024, 256, 512)
     training_proposals, proposals, ratio = (500, 300, 1) if small else (2000, 1000, 2)
+    proposals = max(proposals, _PROPOSALS_PER_DETECTION * max_detections)
     first = 16 if small else 32
     anchors = AnchorGenerator(tuple((first * 2**level,) for level in range(5)), ((0.5, 1.0, 2.0),) * 5)
     model = MaskRCNN(
         _Pyramid(body, channels),
         rpn_anchor_generator=anchors,
         rpn_post_nms_top_n_train=training_proposals,
+        rpn_pre_nms_top_n_test=max(1000, proposals),
         rpn_post_nms_top_n_test=proposals,
         box_roi_pool=MultiScaleRoIAlign(_LEVELS, 7, ratio),
         box_head=TwoMLPHead(channels * 7**2, hidden),
         box_predictor=FastRCNNPredictor(hidden, num_classes + 1),
         box_batch_size_per_image=sampled,
+        box_detections_per_img=max_detections,
         mask_roi_pool=MultiScaleRoIAlign(_LEVELS, 14, ratio),
         mask_head=MaskRCNNHeads(channels, (mask_channels,) * 4, 1),
         mask_predictor=MaskRCNNPredictor(mask_channels, mask_channels, num_classes + 1),

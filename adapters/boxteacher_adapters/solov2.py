@@ -77,6 +77,7 @@ class SOLOv2(Segmenter):
 
     mask_stride = 4
     size_divisor = 32
+    max_detections = 100
 
     def __init__(
         self,
@@ -104,7 +105,7 @@ class SOLOv2(Segmenter):
 
     def detect(self, images: Sequence[Tensor]) -> list[Detections]:
         """Detections of images (3, H_i, W_i), with mask probabilities (K, 1, H_i, W_i)."""
-        found = _select(self._features(images), _DETECTION)
+        found = self._select(self._features(images), _DETECTION)
         return [
             _detections_of_image(found.only(found.image_index == i), image.shape[-2:])
             for i, image in enumerate(images)
@@ -113,7 +114,7 @@ class SOLOv2(Segmenter):
     def forward_teacher(self, images: list[Tensor]) -> Candidates:
         """The best objects after matrix NMS, whatever their scores; their boxes are those of their masks."""
         features = self._features(images)
-        found = _select(features, _PROPOSAL)
+        found = self._select(features, _PROPOSAL)
         sizes = torch.tensor([image.shape[-2:] for image in images], device=found.logits.device)  # (B, 2)
         boxes = mask_boxes_in_images(found.logits > 0, sizes[found.image_index], self.mask_stride)  # (K, 4)
         inside = (boxes[:, 2] > boxes[:, 0]).nonzero()[:, 0]  # not wholly in the padding
@@ -166,9 +167,9 @@ class SOLOv2(Segmenter):
         category_maps, kernel_maps = self.head(pyramid)
         return _Features(category_maps, flatten_levels(kernel_maps), self.mask_branch(pyramid[:4]))
 
-
-def _select(features: _Features, selection: Selection) -> Objects:
-    return select_objects(features.category_maps, features.kernels, features.mask_features, selection)
+    def _select(self, features: _Features, selection: Selection) -> Objects:
+        selection = selection.up_to(self.max_detections)
+        return select_objects(features.category_maps, features.kernels, features.mask_features, selection)
 
 
 def _detections_of_image(found: Objects, size: Sequence[int]) -> Detections:

@@ -1,7 +1,7 @@
 """SOLOv2's masks: decoded by kernels, scored, and the best of them selected by matrix NMS."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,6 @@ from boxteacher_adapters.parts.maps import flatten_levels
 
 _LEVEL_STRIDES = (8, 8, 16, 32, 32)  # of the maps that the levels' grids are laid over
 _NMS_SIGMA = 2.0
-_OBJECTS_PER_IMAGE = 100
 _CELLS_AT_ONCE = 256  # number of cells per image whose masks are scored together; bounds memory
 
 
@@ -26,12 +25,24 @@ class Selection:
         max_cells: number of cells per image whose masks are scored, the most confident first.
         max_entries: number of pairs of cell and class per image that go through matrix NMS, the best first.
         min_score: minimum score after matrix NMS.
+        max_objects: maximum number of objects per image.
     """
 
     min_probability: float
     max_cells: float
     max_entries: int
     min_score: float
+    max_objects: int = 100
+
+    def up_to(self, objects: int) -> "Selection":
+        """This selection for up to `objects` objects per image, with more cells and entries in proportion."""
+        factor = max(1.0, objects / self.max_objects)
+        return replace(
+            self,
+            max_cells=self.max_cells * factor,
+            max_entries=int(self.max_entries * factor),
+            max_objects=objects,
+        )
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ class Objects:
 def select_objects(
     category_maps: Sequence[Tensor], kernels: Tensor, mask_features: Tensor, selection: Selection
 ) -> Objects:
-    """The best objects of each image, at most 100.
+    """The best objects of each image.
 
     Args:
         category_maps: (B, C, G_i, G_i) logits of each level.
@@ -90,7 +101,7 @@ def select_objects(
     of_cell, labels = entry // peaks.shape[2], entry % peaks.shape[2]  # (B, N) each
     logits = _decode(mask_features, kernels[image, cell[image, of_cell]])  # (B, N, h, w)
     decay = matrix_nms(logits > 0, scores, labels)  # (B, N)
-    best, order = (scores * decay).topk(min(_OBJECTS_PER_IMAGE, scores.shape[1]), 1)
+    best, order = (scores * decay).topk(min(selection.max_objects, scores.shape[1]), 1)
     image, rank = ((best > 0) & (best >= selection.min_score)).nonzero(as_tuple=True)  # (K,) each
     chosen = order[image, rank]
     scores = best[image, rank]

@@ -1,6 +1,6 @@
 """The folder layouts of a data set: finding and reading a split."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -54,7 +54,7 @@ def read_split(
     *,
     read_masks: bool = False,
     masks_optional: bool = False,
-    category_ids: Sequence[int] | None = None,
+    classes: Mapping[int, str] | None = None,
 ) -> DataIndex:
     """Finds a split under `root` (see `find_split`) and reads it (see `read_coco`); logs warnings.
 
@@ -67,7 +67,7 @@ def read_split(
         split.annotations,
         read_masks=read_masks,
         masks_optional=masks_optional,
-        category_ids=category_ids,
+        classes=classes,
     )
     raise_first_error(problems)
     return replace(index, is_coco=split.is_coco)

@@ -35,6 +35,11 @@ def encode_mask(segmentation: Any, height: int, width: int) -> bytes:
         raise ValueError("it is neither polygons nor RLE") from error
 
 
+def mask_area(counts: bytes, height: int, width: int) -> int:
+    """Number of pixels of a mask, given as counts of `encode_mask`."""
+    return int(mask_util.area({"size": [height, width], "counts": counts}))
+
+
 def decode_masks(counts: Sequence[bytes], height: int, width: int) -> Tensor:
     """Decodes N counts of `encode_mask` to masks, bool (N, height, width)."""
     if not counts:

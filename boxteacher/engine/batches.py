@@ -10,8 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from boxteacher.data import InstanceDataset, collate, find_split, read_split, training_transform
+from boxteacher.data import (
+    DataIndex,
+    InstanceDataset,
+    collate,
+    find_split,
+    read_split,
+    training_transform,
+)
 from boxteacher.engine.devices import to_device
+from boxteacher.engine.evaluate import read_truth
+from boxteacher.engine.segmenters import COCO_MAX_DETECTIONS
 from boxteacher.engine.settings import TrainSettings
 from boxteacher.errors import InputError
 
@@ -34,14 +43,37 @@ def training_data(settings: TrainSettings) -> InstanceDataset:
     )
 
 
-def check_validation_split(settings: TrainSettings, data: InstanceDataset) -> None:
-    """Raises InputError if the evaluation could not read the validation split; warns if there is none."""
+def check_validation_split(settings: TrainSettings, data: InstanceDataset) -> DataIndex | None:
+    """The validation split, read as the evaluation will read it; None with a warning if there is none.
+
+    Raises:
+        InputError: the evaluation could not use it.
+    """
     try:
         find_split(settings.data, "val")
     except InputError as error:
         logger.warning("there is nothing to evaluate this run on: %s", error)
-        return
-    read_split(settings.data, "val", category_ids=data.index.category_ids)
+        return None
+    return read_truth(settings.data, data.index.class_names, data.index.category_ids)
+
+
+def max_detections(settings: TrainSettings, *splits: DataIndex | None) -> int:
+    """Maximum number of detections per image: that of the settings, or else COCO's 100, or as many as needed.
+
+    An image with more boxes than the maximum is logged as a warning, a maximum above 100 as information.
+    """
+    boxes, image = max((split.max_boxes() for split in splits if split is not None), key=lambda pair: pair[0])
+    maximum = settings.max_detections or max(COCO_MAX_DETECTIONS, boxes)
+    if boxes > maximum:
+        logger.warning(
+            "%s has %d boxes, but at most %d objects are detected in an image: raise --max-detections",
+            image,
+            boxes,
+            maximum,
+        )
+    elif maximum > COCO_MAX_DETECTIONS:
+        logger.info("%s has %d boxes: up to %d objects are detected in an image", image, boxes, maximum)
+    return maximum
 
 
 def check_queries(student: nn.Module, settings: TrainSettings, data: InstanceDataset) -> None:
@@ -51,7 +83,8 @@ def check_queries(student: nn.Module, settings: TrainSettings, data: InstanceDat
     if boxes > queries:
         raise InputError(
             f"{image} has {boxes} boxes, but {settings.model} detects at most {queries} objects, one per "
-            "query: remove such images from the training split, or choose another --model"
+            "query: raise --max-detections, remove such images from the training split, or choose another "
+            "--model"
         )
 
 

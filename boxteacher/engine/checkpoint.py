@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from boxteacher.engine.files import write_atomically, write_tensors
-from boxteacher.engine.segmenters import build_segmenter
+from boxteacher.engine.segmenters import COCO_MAX_DETECTIONS, build_segmenter
 from boxteacher.errors import InputError
 from boxteacher.state_dicts import compare_states
 from boxteacher.torch_files import read_torch_file
@@ -30,6 +30,7 @@ class SegmenterInfo:
         shortest_side: shortest side in pixels of the images in evaluation, unless the longest would exceed
             `image_size`; None to resize the longest side to `image_size`.
         refinement: refinement of its masks in evaluation and prediction, "color" or "none".
+        max_detections: maximum number of detections per image.
     """
 
     model: str
@@ -39,6 +40,7 @@ class SegmenterInfo:
     category_ids: list[int]
     shortest_side: int | None = None
     refinement: Literal["color", "none"] = "none"
+    max_detections: int = COCO_MAX_DETECTIONS
 
     def __post_init__(self) -> None:
         if not (isinstance(self.class_names, list) and isinstance(self.category_ids, list)):
@@ -46,6 +48,7 @@ class SegmenterInfo:
         if len(self.class_names) != len(self.category_ids):
             raise ValueError(f"{len(self.class_names)} class names, {len(self.category_ids)} category ids")
         check_whole("image_size", self.image_size, minimum=1)
+        check_whole("max_detections", self.max_detections, minimum=1)
         if self.shortest_side is not None:
             check_whole("shortest_side", self.shortest_side, minimum=1)
         check_choice("refinement", self.refinement, ("color", "none"))
@@ -94,6 +97,7 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, SegmenterInfo]:
         backbone=info.backbone,
         weights="none",
         image_size=info.image_size,
+        max_detections=info.max_detections,
     )
     if difference := compare_states(segmenter.state_dict(), weights):
         raise InputError(

@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 
 from boxteacher.data import InstanceDataset, evaluation_transform, read_split, write_shapes
+from boxteacher.engine.average_precision import Evaluation
 from boxteacher.engine.checkpoint import load_checkpoint
 from boxteacher.engine.drawing import draw_detections, picture_grid, write_picture
-from boxteacher.engine.evaluate import Evaluation, evaluate
+from boxteacher.engine.evaluate import evaluate
 from boxteacher.engine.segmenters import build_segmenter
 from boxteacher.engine.settings import TrainSettings
 from boxteacher.engine.train import train

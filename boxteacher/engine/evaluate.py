@@ -1,48 +1,29 @@
 """COCO's average precision of a segmenter on a data set."""
 
-import contextlib
-import io
 import json
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from pycocotools import mask as mask_utils
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
 from boxteacher.data import DataIndex, InstanceDataset, collate, evaluation_transform, read_split
 from boxteacher.data.masks import encode_binary_masks
+from boxteacher.engine.average_precision import Evaluation, coco_evaluation
 from boxteacher.engine.checkpoint import load_checkpoint
 from boxteacher.engine.devices import pick_device
 from boxteacher.engine.files import write_atomically
+from boxteacher.engine.segmenters import COCO_MAX_DETECTIONS, limited_detections
 from boxteacher.protocol import Detections
 from boxteacher.refinement import refine_detections
 
 logger = logging.getLogger(__name__)
 
 Refinement = Literal["color", "none"]
-Metrics = dict[str, dict[str, float | None] | None]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Result of an evaluation.
-
-    Attributes:
-        table: COCO's tables as text.
-        metrics: AP, AP50 and AP75 in percent of "segm" and "bbox". "segm" is None if the annotations have no
-            masks; a figure is None if there is no object.
-    """
-
-    table: str
-    metrics: Metrics
 
 
 def evaluate(
@@ -52,6 +33,7 @@ def evaluate(
     refinement: Refinement | None = None,
     device: str = "auto",
     workers: int = 2,
+    max_detections: int | None = None,
 ) -> Evaluation:
     """Evaluates a checkpoint on the validation split of `data`, and writes `metrics.json` beside it.
 
@@ -63,6 +45,7 @@ def evaluate(
         refinement: "color" or "none"; what the run was made with if not given.
         device: name of the device (see `pick_device`).
         workers: number of processes that load images.
+        max_detections: maximum number of detections per image; see `evaluate_segmenter`.
 
     Raises:
         InputError: the checkpoint or the data cannot be used.
@@ -77,6 +60,7 @@ def evaluate(
         shortest_side=info.shortest_side,
         refinement=refinement or info.refinement,
         workers=workers,
+        max_detections=max_detections,
     )
     text = json.dumps(evaluation.metrics) + "\n"
     try:
@@ -96,6 +80,7 @@ def evaluate_segmenter(
     shortest_side: int | None = None,
     refinement: Refinement = "none",
     workers: int = 2,
+    max_detections: int | None = None,
 ) -> Evaluation:
     """Evaluates any segmenter on the validation split of `data`, on the device of its parameters.
 
@@ -103,28 +88,57 @@ def evaluate_segmenter(
         segmenter: model in evaluation mode that returns torchvision's detections of a list of images.
         data: folder of the data set.
         image_size: longest side of the images in pixels.
-        class_names: names of labels 0 … C−1; a warning is logged if those of the data differ.
-        category_ids: COCO category id of each label.
+        class_names: names of labels 0 … C−1, by which the data's categories are matched to them.
+        category_ids: COCO category id of each label, for categories that have another name in the data.
         shortest_side: shortest side of the images in pixels (see `evaluation_transform`).
         refinement: "color" to fit masks to the colors of the stored images (see `boxteacher.refinement`).
         workers: number of processes that load images.
+        max_detections: maximum number of detections per image, of the segmenter (its `max_detections`) and of
+            the evaluation; if not given, the segmenter's own or COCO's 100, or as many as an image has
+            objects if that is more.
 
     Raises:
         InputError: the data cannot be used.
     """
-    index = read_split(data, "val", read_masks=True, masks_optional=True, category_ids=category_ids)
-    if index.class_names != class_names:
-        logger.warning(
-            "%s has the classes %s, the segmenter %s: they are matched by category id",
-            index.annotations,
-            index.class_names,
-            class_names,
-        )
+    index = read_truth(data, class_names, category_ids)
+    if max_detections is None:
+        own = getattr(segmenter, "max_detections", COCO_MAX_DETECTIONS)
+        max_detections = max(own, index.max_boxes()[0])
     # Annotated masks are compared as RLE, so no worker has to decode them.
-    transform = WithStoredImage(evaluation_transform(image_size, shortest_side))
+    transform = _WithStoredImage(evaluation_transform(image_size, shortest_side))
     images = InstanceDataset(replace(index, masks=None), transform=transform)
     logger.info("masks are %s", "refined by colors" if refinement == "color" else "as predicted")
-    return coco_evaluation(index, _results(segmenter, images, refinement, workers))
+    with limited_detections(segmenter, max_detections):
+        results = _results(segmenter, images, refinement, workers)
+    return coco_evaluation(index, results, max_detections)
+
+
+def read_truth(data: str | Path, class_names: list[str], category_ids: list[int]) -> DataIndex:
+    """Reads the validation split with the masks that it has, and logs what its evaluation will lack.
+
+    Args:
+        data: folder of the data set.
+        class_names: names of a model's labels 0 … C−1.
+        category_ids: COCO category id of each label.
+
+    Raises:
+        InputError: the data cannot be used.
+    """
+    classes = dict(zip(category_ids, class_names, strict=True))
+    index = read_split(data, "val", read_masks=True, masks_optional=True, classes=classes)
+    if index.masks is None:
+        logger.warning("%s: no object has a mask: only boxes are evaluated", index.annotations)
+        return index
+    missing = [mask is None for mask in index.masks] & ~index.crowd  # (M,)
+    if missing.any():
+        logger.warning(
+            "%s: %d of %d objects have no mask, the first the annotation of id %d: mask AP ignores them",
+            index.annotations,
+            missing.sum(),
+            (~index.crowd).sum(),
+            index.annotation_ids[missing.argmax()],
+        )
+    return index
 
 
 def coco_results(
@@ -161,64 +175,8 @@ def coco_results(
     ]
 
 
-def coco_evaluation(index: DataIndex, results: list[dict[str, Any]]) -> Evaluation:
-    """COCO's evaluation of boxes, and of masks if any object has one.
-
-    In the evaluation of masks, objects without a mask are ignored like crowds. Boxes are those of the index:
-    cut to their image, where COCO's own evaluation takes them as the file has them.
-
-    Args:
-        index: ground truth, with its masks if they are to be compared.
-        results: COCO results, as `coco_results` returns them.
-    """
-    tables: list[str] = []
-    metrics: Metrics = {"segm": None, "bbox": None}
-    if index.masks is None:
-        logger.warning("%s: no object has a mask: only boxes are evaluated", index.annotations)
-    elif missing := sum(
-        mask is None for mask, crowd in zip(index.masks, index.crowd, strict=True) if not crowd
-    ):
-        logger.warning("%s: %d objects have no mask: mask AP ignores them", index.annotations, missing)
-    for kind in ("bbox",) if index.masks is None else ("segm", "bbox"):
-        # pycocotools writes into results, and takes a mask's area from its box if there is one.
-        rows = [{k: v for k, v in row.items() if kind == "bbox" or k != "bbox"} for row in results]
-        table, metrics[kind] = _coco_table(_ground_truth(index, kind), rows, kind)
-        tables.append(f"{'Masks' if kind == 'segm' else 'Boxes'}\n{table}")
-    return Evaluation("\n".join(tables), metrics)
-
-
-def _ground_truth(index: DataIndex, kind: str) -> dict[str, Any]:
-    """The content of a COCO JSON file with the index's objects."""
-    owners = np.repeat(np.arange(len(index)), np.diff(index.starts))  # (M,)
-    columns = {
-        "id": range(1, len(owners) + 1),  # to pycocotools the id 0 means unmatched
-        "image_id": index.image_ids[owners].tolist(),
-        "category_id": np.asarray(index.category_ids)[index.labels].tolist(),
-        "bbox": box_convert(torch.from_numpy(index.boxes).double(), "xyxy", "xywh").tolist(),
-        "area": index.area.tolist(),
-        "iscrowd": index.crowd.tolist(),
-    }
-    annotations = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    if kind == "segm" and index.masks is not None:
-        sizes = index.sizes[owners].tolist()
-        for annotation, mask, size in zip(annotations, index.masks, sizes, strict=True):
-            annotation["segmentation"] = {"size": size, "counts": mask}
-            if mask is None:  # ignored, and so are detections in its box
-                annotation["iscrowd"] = True
-                (annotation["segmentation"],) = mask_utils.frPyObjects(np.array([annotation["bbox"]]), *size)
-    return {
-        "info": {},
-        "images": [
-            {"id": image_id, "height": height, "width": width}
-            for image_id, (height, width) in zip(index.image_ids.tolist(), index.sizes.tolist(), strict=True)
-        ],
-        "categories": [{"id": each} for each in index.category_ids],
-        "annotations": annotations,
-    }
-
-
-class WithStoredImage:
-    """A transform of images that also keeps each image as it was stored, as `stored_image` of its target."""
+class _WithStoredImage:
+    """A transform that also keeps each image as it was stored, as `stored_image` of its target."""
 
     def __init__(self, transform: Any) -> None:
         self.transform = transform
@@ -236,33 +194,10 @@ def _results(
     loader = DataLoader(dataset, batch_size=1, num_workers=workers, collate_fn=collate)
     results = []
     for i, (images, targets) in enumerate(loader):
-        detections = segmenter([image.to(device) for image in images])
+        found = segmenter([image.to(device) for image in images])
         if refinement == "color":
-            detections = refine_detections([targets[0]["stored_image"].to(device)], detections)
+            found = refine_detections([targets[0]["stored_image"].to(device)], found)
         height, width = dataset.index.sizes[i].tolist()
         category_ids = dataset.index.category_ids
-        results += coco_results(detections[0], targets[0]["image_id"], (height, width), category_ids)
+        results += coco_results(found[0], targets[0]["image_id"], (height, width), category_ids)
     return results
-
-
-def _coco_table(
-    content: dict[str, Any], results: list[dict[str, Any]], kind: str
-) -> tuple[str, dict[str, float | None]]:
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):  # pycocotools prints
-        truth = COCO()
-        truth.dataset = content
-        truth.createIndex()
-        found = truth.loadRes(results) if results else COCO()
-        if not results:
-            found.dataset = {**content, "annotations": []}
-            found.createIndex()
-        evaluation = COCOeval(truth, found, kind)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        printed.truncate(0)
-        printed.seek(0)
-        evaluation.summarize()
-    # pycocotools gives −1 if there is no object.
-    ap, ap50, ap75 = (None if value < 0 else round(100 * float(value), 2) for value in evaluation.stats[:3])
-    return printed.getvalue().rstrip(), {"AP": ap, "AP50": ap50, "AP75": ap75}

@@ -18,6 +18,7 @@ from boxteacher.engine.devices import pick_device
 from boxteacher.engine.drawing import draw_detections, write_picture
 from boxteacher.engine.evaluate import Refinement, coco_results
 from boxteacher.engine.files import write_atomically
+from boxteacher.engine.segmenters import limit_detections
 from boxteacher.errors import InputError
 from boxteacher.protocol import Detections
 from boxteacher.refinement import refine_detections
@@ -31,6 +32,7 @@ def predict(
     score_threshold: float = 0.6,
     refinement: Refinement | None = None,
     device: str = "auto",
+    max_detections: int | None = None,
 ) -> Path:
     """Writes images overlaid with their masks to `output/NAME.png`, and `output/results.json`.
 
@@ -45,6 +47,7 @@ def predict(
         score_threshold: minimum score of the detections that are shown and written.
         refinement: "color" or "none"; what the run was made with if not given.
         device: name of the device (see `pick_device`).
+        max_detections: maximum number of detections per image; the checkpoint's if not given.
 
     Returns:
         Path of `results.json`.
@@ -66,6 +69,8 @@ def predict(
             raise InputError(f"{path}: its picture would overwrite it: give another --output")
         read_image(path)
     segmenter, info = load_checkpoint(checkpoint)
+    if max_detections is not None:
+        limit_detections(segmenter, max_detections)
     segmenter.to(pick_device(device))
     output.mkdir(parents=True, exist_ok=True)
     results = []

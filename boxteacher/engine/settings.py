@@ -56,6 +56,11 @@ class TrainSettings:
     mask_samples: int = option(
         0, help="maximum number of masks per image in training; 0: the segmenter's default", minimum=0
     )
+    max_detections: int = option(
+        0,
+        help="maximum number of detections per image; 0: 100, or as many as an image has boxes if more",
+        minimum=0,
+    )
 
     optimizer: Literal["adamw", "sgd"] = option(
         "adamw", help="optimizer; sgd has momentum 0.9", group="optimization"

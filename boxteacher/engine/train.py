@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 from boxteacher.augmentation import StrongAugmentation
-from boxteacher.engine.batches import check_queries, check_validation_split, training_batches, training_data
+from boxteacher.engine.batches import (
+    check_queries,
+    check_validation_split,
+    max_detections,
+    training_batches,
+    training_data,
+)
 from boxteacher.engine.checkpoint import SegmenterInfo
 from boxteacher.engine.optimization import build_optimizer, build_schedule
 from boxteacher.engine.progress import TrainingLog
@@ -42,7 +48,7 @@ def train(settings: TrainSettings) -> Path:
     torch.manual_seed(settings.seed)
 
     data = training_data(settings)
-    check_validation_split(settings, data)
+    detections = max_detections(settings, data.index, check_validation_split(settings, data))
     segmenter = build_with_weights(
         settings.model,
         len(data.index.class_names),
@@ -50,6 +56,7 @@ def train(settings: TrainSettings) -> Path:
         weights=settings.weights,
         image_size=settings.image_size,
         mask_samples=settings.mask_samples,
+        max_detections=detections,
     )
     # Convolutions are fastest in this memory format, on CPUs and on GPUs.
     segmenter = segmenter.to(memory_format=torch.channels_last)
@@ -66,6 +73,7 @@ def train(settings: TrainSettings) -> Path:
         data.index.category_ids,
         shortest_side=max(settings.shortest_side, default=None),
         refinement=settings.refinement,
+        max_detections=detections,
     )
     rounds = round_starts(settings)
     with (

@@ -135,7 +135,8 @@ def fill(segmenter: nn.Module, num_classes: int, given: SegmenterWeights, path: 
     if difference:
         raise InputError(
             f"weights {path} look like {given.description}, but entries do not fit: {difference}; copy the "
-            "file again, or give the --image-size that the network was built for, above 512 for released ones"
+            "file again, or give the --image-size, above 512 for released ones, or --max-detections that the "
+            "network was built for"
         )
     fitting = {name: value for name, value in given.weights.items() if name not in classifier}
     segmenter.load_state_dict(fitting, strict=False)

@@ -4,16 +4,19 @@ import json
 import math
 import reprlib
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from boxteacher.data.categories import Categories, choose_classes, match_classes
 from boxteacher.data.images import check_images, stored_name
 from boxteacher.data.index import DataIndex, IndexedImage, IndexedObject, build_index, clip_box
-from boxteacher.data.masks import encode_mask
+from boxteacher.data.masks import encode_mask, mask_area
 from boxteacher.data.problems import Problem, RecordError, Severity
+from boxteacher.data.units import BoxUnits
 
 T = TypeVar("T")
 
@@ -26,7 +29,7 @@ def read_coco(
     *,
     read_masks: bool = False,
     masks_optional: bool = False,
-    category_ids: Sequence[int] | None = None,
+    classes: Mapping[int, str] | None = None,
 ) -> tuple[DataIndex, list[Problem]]:
     """Reads a COCO JSON file, and checks it and its images.
 
@@ -38,25 +41,30 @@ def read_coco(
         annotations: COCO JSON file.
         read_masks: whether to read masks; if not, `segmentation` is ignored.
         masks_optional: whether objects may have no mask; an invalid mask is then only a warning.
-        category_ids: category ids of labels 0 … C−1, those of a trained model; the sorted ids of this file if
-            not given.
+        classes: names of a trained model's classes by category id, in the order of its labels 0 … C−1, which
+            the file's categories get (see `match_classes`). If not given, the labels are in the order of the
+            file's own ids (see `choose_classes`).
 
     Returns:
         The index, and all problems.
     """
     images, annotations = Path(images), Path(annotations)
     file = _CocoFile(annotations)
-    names = dict(file.read("categories", lambda record: (record.id, record.field("name", str))))
-    categories = "categories" if category_ids is None else "categories that model and file share"
-    category_ids = sorted(file.ids["categories"]) if category_ids is None else list(category_ids)
-    label_of = {each: label for label, each in enumerate(category_ids) if each in file.ids["categories"]}
+    categories = _read_categories(file)
+    if classes is None:
+        classes, problems = choose_classes(categories)
+        label_of = {each: label for label, each in enumerate(classes)}
+    else:
+        label_of, problems = match_classes(categories, classes)
+    file.problems += problems
     found_images = _sound_images(file, images)
     position_of = {each.image_id: i for i, each in enumerate(found_images)}
+    units = BoxUnits()
 
     def read_object(record: _Record) -> IndexedObject | None:
-        """The object of a record; None if its image is left out."""
+        """The object of a record; None if its image or its category is left out."""
         image_id = record.reference("image_id", "images", file.ids["images"])
-        label = label_of[record.reference("category_id", categories, label_of)]
+        label = label_of.get(record.reference("category_id", "categories", file.ids["categories"]))
         crowd = record.is_crowd()
         try:
             x, y, width, height = record.bbox()
@@ -65,10 +73,11 @@ def read_coco(
                 raise
             # Training leaves crowds out, so none of them stops it.
             raise RecordError(replace(error.problem, severity="warning")) from error
-        if image_id not in position_of:
+        if image_id not in position_of or label is None:
             return None
         position = position_of[image_id]
         size = found_images[position].size
+        units.add((x, y, width, height), *size)
         box = clip_box((x, y, x + width, y + height), *size)
         if box is None:
             what = f"bbox {record.content['bbox']} has no area inside its image and is left out"
@@ -81,13 +90,15 @@ def read_coco(
                 file.problems.append(error.problem)
         return IndexedObject(position, box, label, record.id, crowd, record.area(), mask)
 
+    objects = [each for each in file.read("annotations", read_object) if each is not None]
+    file.problems += units.problems(annotations)
     index = build_index(
         images,
         annotations,
         found_images,
-        [each for each in file.read("annotations", read_object) if each is not None],
-        class_names=[names.get(each, f"category {each}") for each in category_ids],
-        category_ids=category_ids,
+        objects,
+        class_names=list(classes.values()),
+        category_ids=list(classes),
         problems=file.problems,
     )
     return index, file.problems
@@ -117,6 +128,11 @@ class _CocoFile:
             except RecordError as error:
                 self.problems.append(error.problem)
         return results
+
+    def count(self, group: str, key: str) -> Counter[int]:
+        """Number of the group's records by the whole number that they have as `key`."""
+        values = (each.get(key) for each in self.groups[group] if isinstance(each, dict))
+        return Counter(each for each in values if type(each) is int)
 
 
 def _load(path: Path) -> dict[str, list[Any]]:
@@ -198,15 +214,32 @@ class _Record:
         if not segmentation:
             raise self.error("no 'segmentation', but mask supervision needs masks", "add it")
         try:
-            return encode_mask(segmentation, height, width)
+            mask = encode_mask(segmentation, height, width)
         except ValueError as error:
             severity: Severity = "warning" if optional else "error"
             what = f"segmentation is no mask ({error})"
             raise self.error(what, "correct it or go without masks", severity) from error
+        if not mask_area(mask, height, width):
+            # Only a warning for mask supervision too: a polygon thinner than a pixel is no mistake.
+            raise self.error("segmentation covers no pixel and counts as none", "correct it", "warning")
+        return mask
 
 
 def _is_finite(value: float) -> bool:
     return abs(value) <= sys.float_info.max  # unlike math.isfinite, also of integers that no float can hold
+
+
+def _read_categories(file: _CocoFile) -> Categories:
+    def read_category(record: _Record) -> tuple[int, str]:
+        if record.content.get("supercategory") != record.content.get("name"):
+            parents.add(repr(record.content.get("supercategory")))
+        return record.id, record.field("name", str)
+
+    parents: set[str] = set()
+    names = dict(file.read("categories", read_category))
+    names = {each: names.get(each, f"category {each}") for each in sorted(file.ids["categories"])}
+    groupings = {each for each, name in names.items() if repr(name) in parents}
+    return Categories(file.path, names, groupings, file.count("annotations", "category_id"))
 
 
 def _sound_images(file: _CocoFile, folder: Path) -> list[IndexedImage]:
