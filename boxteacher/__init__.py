@@ -1,6 +1,7 @@
 """Instance segmentation from boxes alone: an EMA teacher for any segmenter."""
 
 from boxteacher.errors import InputError, ProtocolError
+from boxteacher.multi_view import MultiViewTeacher
 from boxteacher.protocol import (
     Candidates,
     Detections,
@@ -12,6 +13,7 @@ from boxteacher.protocol import (
     Target,
 )
 from boxteacher.pseudo_masks import EMATeacher
+from boxteacher.refinement import refine_detections, refine_masks
 from boxteacher.supervision import BoxSupervised, MaskSupervised
 from boxteacher.teacher import BoxTeacher
 
@@ -26,10 +28,13 @@ __all__ = [
     "InputError",
     "MaskPredictions",
     "MaskSupervised",
+    "MultiViewTeacher",
     "ProtocolError",
     "PseudoMaskProvider",
     "PseudoMaskSource",
     "PseudoMasks",
     "StudentOutput",
     "Target",
+    "refine_detections",
+    "refine_masks",
 ]
