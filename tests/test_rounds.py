@@ -1,11 +1,9 @@
 """Training in rounds: pseudo masks of all training images, predicted now and then and kept in between."""
 
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,13 +11,14 @@ from torch import Tensor
 from boxteacher import PseudoMasks
 from boxteacher.cli import main
 from boxteacher.data import InstanceDataset, read_split
-from boxteacher.data.masks import decode_masks
-from boxteacher.engine.pseudo_masks import predict_pseudo_masks, with_pseudo_masks
+from boxteacher.data.masks import decode_masks, encode_binary_masks
+from boxteacher.engine.pseudo_masks import load_predicted_masks, predict_pseudo_masks, with_pseudo_masks
 from boxteacher.engine.rounds import round_starts
 from boxteacher.engine.settings import TrainSettings
 from boxteacher.grid import MaskGrid
 from boxteacher.targets import box_masks
-from tests.data_support import Folder
+from tests.benchmarks.rounds import compare
+from tests.data_support import Folder, filled_mask
 from tests.engine_support import log_of, train_arguments
 
 
@@ -83,13 +82,10 @@ def test_annotated_masks_stay(folder):
 def test_the_file_holds_every_mask(folder, tmp_path):
     _, found = predicted(folder)
     found.save(tmp_path / "pseudo_masks.npz", step=7)
-    with np.load(tmp_path / "pseudo_masks.npz") as file:
-        assert int(file["step"]) == 7
-        assert file["confidence"].tolist() == found.confidence.tolist()
-        text = file["counts"].tobytes()
-        ends = [0, *file["ends"].tolist()]
-    stored = [text[a:b] or None for a, b in itertools.pairwise(ends)]
-    assert stored == found.masks
+    stored, step = load_predicted_masks(tmp_path / "pseudo_masks.npz")
+    assert step == 7
+    assert stored.confidence.tolist() == found.confidence.tolist()
+    assert stored.masks == found.masks
 
 
 @pytest.mark.parametrize(
@@ -115,19 +111,35 @@ def test_a_run_in_rounds_learns_from_pseudo_masks_after_the_first(shapes, tmp_pa
     log = log_of(output)
     assert log[0]["loss_pixel"] == 0
     assert log[-1]["loss_pixel"] > 0
-    assert (output / "pseudo_masks.npz").exists()
+    assert sorted(path.name for path in output.glob("*.npz")) == [
+        "pseudo_masks_000001.npz",
+        "pseudo_masks_000002.npz",
+    ]
     content = json.loads((output / "settings.json").read_text())
     assert (content["rounds"], content["augmentation"], content["pseudo_warmup_steps"]) == (2, "none", 0)
     index = read_split(shapes, "train")
-    with np.load(output / "pseudo_masks.npz") as file:
-        assert len(file["confidence"]) == len(index.labels)
-        assert int(file["step"]) == 2
+    stored, step = load_predicted_masks(output / "pseudo_masks_000002.npz")
+    assert len(stored.confidence) == len(index.labels)
+    assert step == 2
 
 
 def test_without_rounds_the_teacher_speaks_in_every_step(shapes, tmp_path):
     output = tmp_path / "run"
     assert main(train_arguments(shapes, output, "--rounds", "0")) == 0
-    assert not (output / "pseudo_masks.npz").exists()
+    assert not list(output.glob("*.npz"))
     settings = json.loads((output / "settings.json").read_text())
     assert settings["augmentation"] == "color+blur"
     assert "pseudo_masks" in log_of(output)[0]
+
+
+def test_the_instrument_compares_pseudo_masks_with_annotated_ones(folder):
+    """Two pseudo masks: the first is right, the second twice as large as the annotated one."""
+    index, found = predicted(folder, read_masks=True)
+    half = filled_mask(20, 5, 24, 14)
+    counts = encode_binary_masks(torch.from_numpy(half)[None], 24, 40)[0]
+    both = compare(found, replace(index, masks=[index.masks[0], counts, index.masks[2]]))
+    assert both.overlap.tolist() == [1, 0.5]
+    assert both.area.tolist() == [1, 2]
+    assert both.precision().tolist() == pytest.approx([1, 0.5])
+    assert both.recall().tolist() == pytest.approx([1, 1])
+    assert both.calibration_error() == pytest.approx(0.25)

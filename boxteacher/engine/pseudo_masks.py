@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -51,6 +52,14 @@ class PredictedMasks:
                 )
 
         write_atomically(path, write)
+
+
+def load_predicted_masks(path: Path) -> tuple[PredictedMasks, int]:
+    """Pseudo masks that `PredictedMasks.save` wrote, and the step that they were predicted before."""
+    with np.load(path) as file:
+        text, ends = file["counts"].tobytes(), file["ends"].tolist()
+        counts = [text[start:end] or None for start, end in pairwise([0, *ends])]
+        return PredictedMasks(counts, file["confidence"]), int(file["step"])
 
 
 @torch.no_grad()

@@ -11,8 +11,6 @@ from boxteacher.teacher import BoxTeacher
 
 logger = logging.getLogger(__name__)
 
-PSEUDO_MASKS_FILE = "pseudo_masks.npz"
-
 
 def round_starts(settings: TrainSettings) -> list[int]:
     """The steps before which pseudo masks are predicted; a teacher that does not learn predicts them once."""
@@ -25,7 +23,7 @@ def round_starts(settings: TrainSettings) -> list[int]:
 
 
 def start_round(state: RunState, data: InstanceDataset, settings: TrainSettings) -> InstanceDataset:
-    """The training split with new pseudo masks of the teacher, which `pseudo_masks.npz` keeps too."""
+    """The training split with new pseudo masks of the teacher, also kept in `RUN/pseudo_masks_STEP.npz`."""
     model = state.model
     assert isinstance(model, BoxTeacher)  # only it has rounds
     model.synchronize()
@@ -37,7 +35,7 @@ def start_round(state: RunState, data: InstanceDataset, settings: TrainSettings)
         device=settings.device,
         workers=settings.workers,
     )
-    predicted.save(settings.output / PSEUDO_MASKS_FILE, state.step)
+    predicted.save(settings.output / f"pseudo_masks_{state.step:06d}.npz", state.step)
     found = predicted.confidence > 0
     logger.info(
         "step %d: pseudo masks of %d of %d objects, mean confidence %.2f",
