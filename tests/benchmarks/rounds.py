@@ -85,7 +85,8 @@ def main() -> None:
             f"step {step}: {len(found.overlap)} masks, IoU mean {found.overlap.mean():.3f} median "
             f"{np.median(found.overlap):.3f}, above 0.8 {(found.overlap > 0.8).mean():.2f}, precision "
             f"{found.precision().mean():.3f}, recall {found.recall().mean():.3f}, area "
-            f"{np.median(found.area):.2f}, confidence {found.confidence.mean():.3f}, calibration error {found.calibration_error():.3f}"
+            f"{np.median(found.area):.2f}, confidence {found.confidence.mean():.3f}, calibration "
+            f"error {found.calibration_error():.3f}"
         )
 
 
