@@ -242,7 +242,7 @@ def losses_of_process(rank: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_losses_are_normalized_over_all_processes(tmp_path):
-    """The mean of two processes' losses, whose gradient training takes, is the whole batch's."""
+    """The mean of two processes' losses, which data-parallel training minimizes, is the whole batch's."""
     mp.start_processes(losses_of_process, (str(tmp_path),), nprocs=2, start_method="fork")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, expected in part_of_losses([0, 1, 2]).items():
