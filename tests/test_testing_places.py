@@ -9,6 +9,7 @@ from torch import Tensor
 
 from boxteacher.grid import padded_size
 from boxteacher.protocol import StudentOutput, Target
+from boxteacher.testing import InconclusiveError, check_provider
 from boxteacher.testing.placement import check_places
 from tests.testing_support import NUM_CLASSES, Broken, assert_fails, chosen, subject, trained_weights
 
@@ -56,6 +57,14 @@ def test_masks_of_the_student_lie_on_known_boxes(name):
     changes, words = STUDENT[name]
     words = f"the student's masks overlap the known ones by an IoU of only.*{words}"
     assert_fails(Broken(**changes), f"where known boxes are found: .*{words}")
+
+
+def test_boxes_that_are_read_rows_first_are_no_lack_of_steps_alone():
+    """Nothing is learned from them; the verdict says what to look at."""
+    model = Broken(targets=rows_first)
+    model.load_state_dict(trained_weights())
+    with pytest.raises(InconclusiveError, match="targets' boxes are read as x0, y0, x1, y1"):
+        check_provider(model, steps=1)
 
 
 def with_masks(change):

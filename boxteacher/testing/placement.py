@@ -2,19 +2,17 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import box_iou
 
 from boxteacher.errors import ProtocolError
-from boxteacher.grid import MaskGrid, mask_grid
-from boxteacher.protocol import Candidates
-from boxteacher.targets import GridTargets, box_masks, grid_targets
+from boxteacher.grid import mask_grid
+from boxteacher.targets import grid_targets
 from boxteacher.testing.findings import Subject, finding, not_learned, require
-from boxteacher.testing.outputs import decode
+from boxteacher.testing.found import Found, box_offset, find, mask_iou, mask_offsets, mean_box_iou
 from boxteacher.testing.scenes import OBLONG, SQUARE, Batch, known_boxes
 
 MIN_OVERLAP = 0.6  # mean IoU, of boxes and of masks; a grid that is scaled or turned stays below 0.5
@@ -36,20 +34,6 @@ _MASK_REMEDIES = {
     "detections": "enlarge each box's own mask by mask_stride (boxteacher.adapter.upsample_aligned), and cut "
     "the image out of the padded batch at the top left, without resizing",
 }
-
-
-@dataclass(frozen=True)
-class Found:
-    """For each known box the entry of its image whose score times IoU is highest."""
-
-    known: Tensor  # (T, 4) known boxes in pixels
-    boxes: Tensor  # (T, 4) boxes that were found; NaN where there is no entry at all
-    box_overlap: Tensor  # (T,) IoU
-    known_labels: Tensor  # (T,) int64
-    labels: Tensor  # (T,) int64; −1 where there is no entry at all
-    mask_overlap: Tensor  # (T,) IoU of the mask and the known one
-    cut_overlap: Tensor  # (T,) IoU of the mask and the known one, as far as that lies in the found box
-    mask_offset: Tensor  # (T, 2) y, x in pixels from the known mask's center; NaN for an empty mask
 
 
 @dataclass(frozen=True)
@@ -93,9 +77,9 @@ def _check_student_masks(subject: Subject, scenes: Sequence[Batch], margin: floa
         grid = mask_grid(images, provider.mask_stride, provider.size_divisor)
         truth = grid_targets(images, targets, grid).masks  # (T, h, w)
         shown.append((masks.logits > 0, truth, masks.target_index))
-        offsets.append(_offsets(masks.logits > 0, truth[masks.target_index], grid))
+        offsets.append(mask_offsets(masks.logits > 0, truth[masks.target_index], grid))
         logits.append(masks.logits.flatten())
-    overlap = float(torch.cat([_mask_iou(masks, truth[index]) for masks, truth, index in shown]).mean())
+    overlap = float(torch.cat([mask_iou(masks, truth[index]) for masks, truth, index in shown]).mean())
     student = StudentMasks(overlap, torch.cat(offsets).nanmedian(0).values)
     if overlap >= MIN_OVERLAP * margin:
         return student
@@ -130,7 +114,7 @@ def _misplacement(shown: Sequence[tuple[Tensor, Tensor, Tensor]], overlap: float
         half = F.pad(known[:, ::2, ::2], (0, width - (width + 1) // 2, 0, height - (height + 1) // 2))
         twice = known.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :height, :width]
         moved = known.roll((down, right), (1, 2))
-        others = torch.stack([_mask_iou(masks, each.expand_as(masks)) for each in known], 1)  # (M, T)
+        others = torch.stack([mask_iou(masks, each.expand_as(masks)) for each in known], 1)  # (M, T)
         placed["they fit another target"].append(others.scatter(1, index[:, None], 0.0).amax(1))
         for name, each in (
             ("they fit with rows and columns swapped", turned),
@@ -139,7 +123,7 @@ def _misplacement(shown: Sequence[tuple[Tensor, Tensor, Tensor]], overlap: float
             ("they fit when moved back", moved),
         ):
             there = each.flatten(1).any(1)[index]  # the rest lies outside of the grid
-            placed[name].append(_mask_iou(masks, each[index]).where(there, torch.nan))
+            placed[name].append(mask_iou(masks, each[index]).where(there, torch.nan))
     enough = max(MIN_OVERLAP, overlap + _CLEARLY)
     return [name for name, each in placed.items() if float(torch.cat(each).nanmean()) >= enough]
 
@@ -160,7 +144,7 @@ def _check_boxes(
         "thresholds on scores low, and take boxes and scores from what was trained",
     )
     limit = 2 * _MAX_OFFSET / margin * subject.provider.mask_stride  # pixels
-    offset = _box_offset(found)  # (2,) y, x
+    offset = box_offset(found)  # (2,) y, x
     overlap = float(found.box_overlap.mean())
     if overlap >= MIN_OVERLAP * margin and bool((offset.abs() <= limit).all()):
         return
@@ -183,11 +167,12 @@ def _fitted(found: Found) -> tuple[float, str]:
     """IoU of the boxes once a common move or scale is undone, whichever fits better, and its name."""
     there = ~found.boxes.isnan().any(1)
     boxes, known = found.boxes[there], found.known[there]  # (T', 4) each
-    y, x = _box_offset(found).tolist()
+    y, x = box_offset(found).tolist()
     scale = (boxes[:, 2:] / known[:, 2:]).median(0).values.clamp(min=0.01)  # (2,) x, y
-    moved = _box_iou(boxes - boxes.new_tensor([x, y, x, y]), known), ", all moved alike"
-    scaled = _box_iou(boxes / scale.repeat(2), known), f", all scaled by ({scale[1]:.2f}, {scale[0]:.2f})"
-    return max(moved, scaled)
+    moved = mean_box_iou(boxes - boxes.new_tensor([x, y, x, y]), known)
+    scaled = mean_box_iou(boxes / scale.repeat(2), known)
+    by = ", ".join(f"{each:.2f}" for each in scale.flip(0).tolist())
+    return max((moved, ", all moved alike"), (scaled, f", all scaled by ({by})"))
 
 
 def _check_labels(subject: Subject, found: Found, what: str, margin: float) -> None:
@@ -206,9 +191,9 @@ def _check_labels(subject: Subject, found: Found, what: str, margin: float) -> N
 def _check_masks(subject: Subject, found: Found, what: str, student: StudentMasks, margin: float) -> None:
     """Checks masks of entries whose boxes are right."""
     limit = _MAX_OFFSET / margin * subject.provider.mask_stride  # pixels
-    offset, box_offset = found.mask_offset.nanmedian(0).values - student.offset, _box_offset(found)
+    offset, of_boxes = found.mask_offset.nanmedian(0).values - student.offset, box_offset(found)
     # A mask that is cut to the entry's own box may lack what that lacks, and be off as far as that is.
-    beyond = offset - offset.clamp(box_offset.clamp(max=0), box_offset.clamp(min=0))
+    beyond = offset - offset.clamp(of_boxes.clamp(max=0), of_boxes.clamp(min=0))
     overlap = float(found.mask_overlap.maximum(found.cut_overlap).mean())
     if overlap >= MIN_OVERLAP * margin and bool((beyond.abs() <= limit).all()):
         return
@@ -236,85 +221,6 @@ def check_padding(subject: Subject) -> None:
             f"beside images of {sizes[1]}: pad images at the right and bottom only, and measure coordinates "
             "in pixels, not in parts of the padded batch",
         )
-
-
-@torch.no_grad()
-def find(
-    subject: Subject, batches: Sequence[Batch], what: str = "candidates", order: Sequence[int] = (0, 1, 2, 3)
-) -> Found:
-    """The candidates, or "detections", of a copy in evaluation mode, for boxes of that coordinate order."""
-    subject = subject.copy(training=False)
-    provider, found = subject.provider, []
-    for images, targets in batches:
-        if what == "candidates":
-            grid = mask_grid(images, provider.mask_stride, provider.size_divisor)
-            entries = provider.forward_teacher(images)
-        else:
-            grid = mask_grid(images, 1, 1)
-            entries = _as_candidates(subject.model(images), grid)
-        found.append(_best(subject, entries, grid, grid_targets(images, targets, grid), order))
-    return Found(*(torch.cat([getattr(each, field.name) for each in found]) for field in fields(Found)))
-
-
-def _as_candidates(detections: list[dict[str, Tensor]], grid: MaskGrid) -> Candidates:
-    """Detections of a batch, with masks on a grid of stride 1."""
-    masks = torch.cat([grid.sample(found["masks"][:, 0]) for found in detections]) - 0.5  # (K, H, W)
-    index = torch.cat([torch.full_like(found["labels"], i) for i, found in enumerate(detections)])  # (K,)
-    boxes, scores, labels = (torch.cat([d[key] for d in detections]) for key in ("boxes", "scores", "labels"))
-    return Candidates(boxes, scores, labels, index, lambda indices, *_: masks[indices])
-
-
-def _best(
-    subject: Subject, entries: Candidates, grid: MaskGrid, truth: GridTargets, order: Sequence[int]
-) -> Found:
-    known = truth.boxes[:, order]  # (T, 4)
-    if not len(entries.scores):
-        nothing, nowhere = torch.zeros(len(known), device=known.device), torch.full_like(known, torch.nan)
-        unlabeled = torch.full_like(truth.labels, -1)
-        return Found(known, nowhere, nothing, truth.labels, unlabeled, nothing, nothing, nowhere[:, :2])
-    overlap = box_iou(entries.boxes.float(), known)  # (K, T)
-    overlap = torch.where(entries.image_index[:, None] == truth.image_index, overlap, 0.0)
-    best = (overlap * entries.scores[:, None].float()).argmax(0)  # (T,)
-    masks = decode(subject, entries, grid, best, known, truth.labels) > 0  # (T, h, w)
-    boxes = entries.boxes[best].float()  # (T, 4)
-    return Found(
-        known,
-        boxes,
-        overlap.gather(0, best[None])[0],
-        truth.labels,
-        entries.labels[best],
-        _mask_iou(masks, truth.masks),
-        _mask_iou(masks, truth.masks & box_masks(boxes, *grid.coordinates(boxes.device))),
-        _offsets(masks, truth.masks, grid),
-    )
-
-
-def _offsets(masks: Tensor, known: Tensor, grid: MaskGrid) -> Tensor:
-    """y, x (M, 2) in pixels from the centers of known masks (M, h, w) bool to those of the masks."""
-    return (_centers(masks) - _centers(known)) * grid.stride
-
-
-def _mask_iou(masks: Tensor, others: Tensor) -> Tensor:
-    """IoU (M,) of each of the masks (M, h, w) bool with the other at its place."""
-    union = (masks | others).flatten(1).sum(1)
-    return (masks & others).flatten(1).sum(1) / union.clamp(min=1)
-
-
-def _box_iou(boxes: Tensor, others: Tensor) -> float:
-    """Mean IoU of each of the boxes (T, 4) with the other at its place."""
-    return float(box_iou(boxes, others).diagonal().mean())
-
-
-def _box_offset(found: Found) -> Tensor:
-    """Median y, x (2,) in pixels from the known boxes' centers to those of the boxes found."""
-    return (found.boxes - found.known).unflatten(1, (2, 2)).mean(1).nanmedian(0).values.flip(0)
-
-
-def _centers(masks: Tensor) -> Tensor:
-    """Row and column (M, 2) of the centers of masks (M, h, w) bool; NaN for an empty one."""
-    rows, columns = (torch.arange(n, device=masks.device) for n in masks.shape[1:])
-    row, column = (masks.sum(2) * rows).sum(1), (masks.sum(1) * columns).sum(1)  # (M,) each
-    return torch.stack([row, column], 1) / masks.flatten(1).sum(1)[:, None]
 
 
 def _pixels(offset: Tensor) -> str:

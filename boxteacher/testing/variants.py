@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from boxteacher.supervision import MaskSupervised
 from boxteacher.testing.findings import Subject, finding, require, require_finite_step
+from boxteacher.testing.found import find
 from boxteacher.testing.outputs import candidate_answers, student_answers
-from boxteacher.testing.placement import MIN_OVERLAP, find
+from boxteacher.testing.placement import MIN_OVERLAP
 from boxteacher.testing.scenes import OBLONG, SQUARE, known_boxes
 
 _NEAR = (SQUARE, OBLONG, SQUARE, OBLONG)
