@@ -136,8 +136,9 @@ def _target(name: str, given: Mapping[str, Any], image: Tensor) -> Target:
         ("annotation_ids", torch.int64, "one id per box"),
     ):
         if key in given:
-            target[key] = _cast(f"{name}: {key}", given[key], kind, device)
-            _check_shape(f"{name}: {key}", target[key], (count,), meaning)
+            values = _tensor(f"{name}: {key}", given[key], device)
+            _check_shape(f"{name}: {key}", values, (count,), meaning)
+            target[key] = _cast(f"{name}: {key}", values, kind)
     if "masks" in given:
         masks = _tensor(f"{name}: masks", given["masks"], device)
         masks = masks.reshape(0, *size) if masks.shape == (0,) else masks
@@ -192,9 +193,8 @@ def _tensor(name: str, value: Any, device: torch.device) -> Tensor:
         ) from error
 
 
-def _cast(name: str, value: Any, kind: torch.dtype, device: torch.device) -> Tensor:
+def _cast(name: str, tensor: Tensor, kind: torch.dtype) -> Tensor:
     """A tensor of that type: whole numbers become any type, floating-point numbers stay such."""
-    tensor = _tensor(name, value, device)
     whole = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
     fits = tensor.dtype == kind or whole or (kind.is_floating_point and tensor.is_floating_point())
     if not fits and tensor.numel():
