@@ -70,7 +70,7 @@ def test_two_processes_have_the_gradient_of_one(tmp_path: Path):
     expected = gradients([0, 1, 2])
     means = []
     for rank in range(2):
-        found, counts, mean, steps = torch.load(tmp_path / f"{rank}.pt")
+        found, counts, mean, steps = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert steps == (5, 0.5)
         assert counts.tolist() == [1.5, 4.0]
         means.append(mean)

@@ -28,8 +28,8 @@ OUTPUTS = ("boxes", "labels", "scores", "masks")
 # whole pixels, where a pixel's probability is nearly ½.
 _MAX_DIFFERENCE = {"boxes": 1.0, "labels": 0.0, "scores": 1e-3, "masks": 1e-3}
 
-# Earlier ones trace fewer segmenters, and their ONNX exporter takes no operators from outside or lacks some.
-_EXPORTING_TORCH = "2.7"
+# Earlier ones cannot trace CondInst, and the earliest take no ONNX translations of operators.
+_EXPORTING_TORCH = "2.8"
 
 _Outputs = tuple[Tensor, ...]  # those that `OUTPUTS` names
 _Network = Callable[[Tensor], _Outputs]
