@@ -13,7 +13,7 @@ from boxteacher.testing.findings import Subject
 from boxteacher.testing.variants import check_compiled, check_half_precision
 from tests.example_support import TinySegmenter
 from tests.support import ScriptedSegmenter
-from tests.testing_support import NUM_CLASSES, Broken, assert_fails, chosen
+from tests.testing_support import NUM_CLASSES, Broken, assert_fails, chosen, subject, trained_weights
 
 
 class CountsSteps(TinySegmenter):
@@ -169,6 +169,13 @@ def test_what_half_precision_rounds_is_named(name):
     changes, words = HALVES[name]
     words = f"half precision: under bfloat16 autocast .*{words}"
     assert_fails(Broken(**changes), words, check=check_half_precision)
+
+
+def test_what_half_precision_moves_everywhere_alike_is_not_rounding():
+    """Boxes a pixel and a half off near the origin may be so far from it too."""
+    model = Broken(candidates=in_half(lambda found: replace(found, boxes=found.boxes + 1.5)))
+    model.load_state_dict(trained_weights())
+    check_half_precision(subject(model))
 
 
 @pytest.mark.parametrize(
