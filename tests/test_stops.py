@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +41,25 @@ def during_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], 
     return during
 
 
-def test_ctrl_c_ends_a_run_in_one_line_with_exit_code_130(shapes, tmp_path, capsys, during_step):
+@pytest.fixture
+def ctrl_c() -> Iterator[Callable[[], None]]:
+    """Interrupts the process as Ctrl-C does, also where a shell started it in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_a_run_in_one_line_with_exit_code_130(shapes, tmp_path, capsys, during_step, ctrl_c):
     run = tmp_path / "run"
-    during_step(4, lambda: signal.raise_signal(signal.SIGINT))
+    during_step(4, ctrl_c)
     message = error_of([*train_arguments(shapes, run), "--steps", "20"], capsys, code=130)
     assert message == f"boxteacher: interrupted; stopped after step 3, {run}/last.pt of step 2 is kept"
     load_checkpoint(run / "last.pt")
     assert len(log_of(run)) == 3
 
 
-def test_ctrl_c_before_the_first_step_ends_a_run_in_one_line(shapes, tmp_path, capsys, during_step):
-    during_step(1, lambda: signal.raise_signal(signal.SIGINT))
+def test_ctrl_c_before_the_first_step_ends_a_run_in_one_line(shapes, tmp_path, capsys, during_step, ctrl_c):
+    during_step(1, ctrl_c)
     message = error_of(train_arguments(shapes, tmp_path / "run"), capsys, code=130)
     assert message == "boxteacher: interrupted"
 

@@ -93,7 +93,7 @@ def test_an_annotated_mask_is_used_in_every_step():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"teacher_interval": 0}, "teacher_interval is 0: give a whole number, at least 1"),
+        ({"teacher_interval": -1}, "teacher_interval is -1: give a whole number, at least 0"),
         ({"teacher_interval": 1.5}, "teacher_interval is 1.5"),
         ({"teacher_interval": "2"}, "teacher_interval is '2'"),
         ({"dtype": "bf16"}, "dtype is 'bf16': take one of None, torch.bfloat16"),

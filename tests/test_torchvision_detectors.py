@@ -283,7 +283,7 @@ def test_files_that_do_not_fit_are_named_in_one_line(fcos, cache, shapes, tmp_pa
             ["--backbone", "resnet50_caffe"],
             "not condinst on resnet50_caffe: give --model condinst --backbone",
         ),
-        (["--backbone", "resnet50"], "give the --image-size that the network was built for, above 512"),
+        (["--backbone", "resnet50"], "give the --image-size, above 512 for released ones"),
     ):
         arguments = train_arguments(shapes, tmp_path / "run", "--weights", str(file), *more)
         assert message in error_of(arguments, capsys)
