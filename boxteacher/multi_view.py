@@ -10,7 +10,7 @@ from torchvision.ops import box_iou
 from boxteacher.crops import cells_in_box, cells_in_image, crop_images, crop_masks, paste_crops
 from boxteacher.grid import MaskGrid, mask_grid
 from boxteacher.precision import autocast_to
-from boxteacher.protocol import Candidates, PseudoMasks, Target
+from boxteacher.protocol import BoxDecoder, Candidates, PseudoMasks, Target
 from boxteacher.pseudo_masks import EMATeacher
 from boxteacher.refinement import refine_crops
 from boxteacher.scoring import mask_quality
@@ -18,6 +18,10 @@ from boxteacher.targets import flat_targets
 from boxteacher.validation import check_mask_logits, check_range
 
 _CHUNK = 64  # masks that are refined at once
+# Refinement makes masks surer than they are right. With this power of the quality the confidence was within
+# 0.06 of the IoU, on the mean of bins, for four networks on rendered shapes and one on photographs.
+_REFINED_EXPONENT = 4
+_NO_MASK = -10.0  # logit where no candidate overlaps a box
 
 
 class MultiViewTeacher(EMATeacher):
@@ -78,15 +82,12 @@ class MultiViewTeacher(EMATeacher):
         if len(boxes) == 0:
             return PseudoMasks(boxes.new_zeros(0, *grid.shape), boxes.new_zeros(0))
         boxes = boxes.float()
-        views, scores = [], []
+        views = []
         with autocast_to(self.dtype, boxes.device):
             for scale in self.scales:
                 for mirrored in (False, True) if self.mirror else (False,):
-                    crops, score = self._look(images, boxes, labels, box_image, scale, mirrored)
-                    views.append(crops)
-                    scores.append(score)
+                    views.append(self._look(images, boxes, labels, box_image, scale, mirrored))
         crops = torch.stack(views).mean(0)  # (T, S, S)
-        score = torch.stack(scores).mean(0)  # (T,)
         sizes = boxes.new_tensor([image.shape[-2:] for image in images])[box_image]  # (T, 2)
         masks, confidences = [], []
         for some in torch.arange(len(boxes), device=boxes.device).split(_CHUNK):
@@ -96,7 +97,7 @@ class MultiViewTeacher(EMATeacher):
                 colors = crop_images(images, boxes[some], box_image[some])  # (n, 3, S, S)
                 fitted = refine_crops(colors, crops[some], in_image)
             masks.append(paste_crops(fitted, boxes[some], *grid.coordinates(boxes.device)) > 0.5)
-            confidences.append(mask_confidence_of_crops(fitted, score[some]))
+            confidences.append(crop_confidence(fitted, _REFINED_EXPONENT if self.refine else 1))
         return PseudoMasks(torch.cat(masks), torch.cat(confidences))
 
     def _look(
@@ -107,8 +108,8 @@ class MultiViewTeacher(EMATeacher):
         box_image: Tensor,
         scale: float,
         mirrored: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Mask probabilities on crops (T, S, S), and scores (T,), from one view of the images."""
+    ) -> Tensor:
+        """Mask probabilities on crops (T, S, S), from one view of the images."""
         sizes = [_view_size(image.shape[-2:], self.image_size, scale) for image in images]
         resized = [_resized(image, size) for image, size in zip(images, sizes, strict=True)]
         factors = [
@@ -123,24 +124,24 @@ class MultiViewTeacher(EMATeacher):
             boxes = torch.stack([widths - x1, y0, widths - x0, y1], 1)
         candidates = self.provider.forward_teacher(resized)
         decode = candidates.decode_boxes or _decode_overlapping(candidates)
-        logits, scores = decode(boxes, labels, box_image)  # (T, h', w'), (T,)
+        logits = decode(boxes, labels, box_image)  # (T, h', w')
         own_grid = mask_grid(resized, self.provider.mask_stride, self.provider.size_divisor)
         check_mask_logits(self.model, "decode_boxes", logits, (len(boxes), *own_grid.shape))
         crops = crop_masks(logits.float().sigmoid(), boxes, own_grid.stride)  # (T, S, S)
-        return crops.flip(-1) if mirrored else crops, scores.float()
+        return crops.flip(-1) if mirrored else crops
 
 
-def mask_confidence_of_crops(masks: Tensor, scores: Tensor) -> Tensor:
-    """Expected IoU of masks on crops with the true ones, from how sure they are and how they fit their box.
+def crop_confidence(masks: Tensor, exponent: int) -> Tensor:
+    """Estimated IoU of masks on crops with the true ones: quality to some power, times the fit to the box.
 
     Args:
         masks: (N, S, S) probabilities, 0 outside their boxes.
-        scores: (N,) of the network, in [0, 1].
+        exponent: power of the quality.
 
     Returns:
         (N,) in [0, 1]; 0 for an empty mask.
     """
-    return mask_quality(masks) * box_fit(masks > 0.5)
+    return mask_quality(masks) ** exponent * box_fit(masks > 0.5)
 
 
 def box_fit(masks: Tensor) -> Tensor:
@@ -170,19 +171,18 @@ def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 
-def _decode_overlapping(candidates: Candidates):  # type: ignore[no-untyped-def]
+def _decode_overlapping(candidates: Candidates) -> BoxDecoder:
     """Decodes each box from the candidate of its image that overlaps it best, for networks without more."""
 
-    def decode(boxes: Tensor, labels: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
-        overlap = box_iou(boxes, candidates.boxes.float())  # (T, K)
+    def decode(boxes: Tensor, labels: Tensor, image_index: Tensor) -> Tensor:
+        overlap = box_iou(boxes, candidates.boxes.float()) * candidates.scores.float().sqrt()  # (T, K)
         mine = image_index[:, None] == candidates.image_index
-        value = torch.where(mine, overlap * candidates.scores.float().sqrt(), -1.0)
         # A sentinel column for images without a candidate.
-        score, best = F.pad(value, (0, 1), value=0.0).max(1)  # (T,) each
-        found = best < len(candidates.boxes)
+        value, best = F.pad(torch.where(mine, overlap, 0.0), (0, 1)).max(1)  # (T,) each
+        found = value > 0
         logits = candidates.decode_masks(best[found], boxes[found], labels[found])  # (F, h, w)
-        table = logits.new_full((len(boxes), *logits.shape[1:]), -10.0)
+        table = logits.new_full((len(boxes), *logits.shape[1:]), _NO_MASK)
         table[found] = logits
-        return table, score.clamp(min=0)
+        return table
 
     return decode

@@ -41,10 +41,10 @@ both. Labels are as the targets have them, unchecked.
 """
 
 
-BoxDecoder = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+BoxDecoder = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Decodes mask logits (T, h, w) on the mask grid for known boxes (T, 4), labels (T,) and image index (T,).
 
-It also returns how sure the network is that such an object is there, (T,) in [0, 1]. Every box gets a mask.
+Every box gets a mask, whatever the network detects.
 """
 
 

@@ -108,11 +108,11 @@ class CondInst(Segmenter):
         def decode_masks(candidates: Tensor, _boxes: Tensor, _labels: Tensor) -> Tensor:
             return self._masks(features, found.image_index[candidates], found.location[candidates])
 
-        def decode_boxes(boxes: Tensor, labels: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
-            location, score = best_locations(
+        def decode_boxes(boxes: Tensor, labels: Tensor, image_index: Tensor) -> Tensor:
+            location = best_locations(
                 features.predictions, features.locations, boxes, labels, image_index, self.level_sizes
             )
-            return self._masks(features, image_index, location), score
+            return self._masks(features, image_index, location)
 
         return Candidates(
             found.boxes, found.scores, found.labels, found.image_index, decode_masks, decode_boxes

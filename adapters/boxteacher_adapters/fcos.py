@@ -191,11 +191,11 @@ def best_locations(
     labels: Tensor,
     image_index: Tensor,
     level_sizes: Sequence[float],
-) -> tuple[Tensor, Tensor]:
-    """The location (T,) that predicts each known box best, and its score (T,) in [0, 1].
+) -> Tensor:
+    """The location (T,) int64 that predicts each known box best.
 
-    The score is √(class · centerness) times the IoU of the predicted box. Locations that would be positive
-    for the box come first; the others serve a box that lies between the locations' centers.
+    That is the one with the largest √(class · centerness) · IoU of the predicted box. Locations that would be
+    positive for the box come first; the others serve a box that lies between the locations' centers.
 
     Args:
         predictions: of B images at L locations.
@@ -215,8 +215,7 @@ def best_locations(
     own_class = predictions.class_logits[image_index, :, label].float().sigmoid()  # (T, L)
     centerness = predictions.centerness[image_index].float().sigmoid()
     score = (own_class * centerness).sqrt() * intersection / union.clamp(min=1e-6)  # (T, L)
-    best = (score + positive.T).argmax(1)  # (T,)
-    return best, score.gather(1, best[:, None])[:, 0].clamp(0, 1)
+    return (score + positive.T).argmax(1)
 
 
 @torch.no_grad()

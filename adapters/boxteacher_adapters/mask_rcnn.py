@@ -115,18 +115,12 @@ class MaskRCNNProvider(Segmenter):
         original_boxes = torch.cat(boxes) * inputs.scales[image_index]  # (K, 4)
         grid = mask_grid(images, self.mask_stride, self.size_divisor)
 
-        def decode_masks(candidates: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
-            image = image_index[candidates]  # (M,)
+        def decode_boxes(boxes: Tensor, labels: Tensor, image: Tensor) -> Tensor:
             logits = self._mask_logits(inputs, boxes / inputs.scales[image], image, self._channels(labels))
             return paste_on_grid(logits, boxes, boxes, grid)
 
-        def decode_boxes(boxes: Tensor, labels: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-            resized, channels = boxes / inputs.scales[image], self._channels(labels)
-            by_image, place = _split_by_image(resized, image, len(images))
-            class_logits, _ = self._boxes(inputs, by_image)
-            scores = class_logits[place].softmax(1).gather(1, channels[:, None])[:, 0]  # (T,)
-            logits = self._mask_logits(inputs, resized, image, channels)
-            return paste_on_grid(logits, boxes, boxes, grid), scores
+        def decode_masks(candidates: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
+            return decode_boxes(boxes, labels, image_index[candidates])
 
         return Candidates(
             original_boxes,
@@ -201,10 +195,13 @@ class MaskRCNNProvider(Segmenter):
     def _mask_logits(self, inputs: _Inputs, boxes: Tensor, image: Tensor, label: Tensor) -> Tensor:
         """Mask logits (M, r, r) of resized boxes (M, 4) for torchvision's labels (M,)."""
         heads = self.model.roi_heads
-        by_image, place = _split_by_image(boxes, image, len(inputs.scales))
-        pooled = heads.mask_roi_pool(inputs.features, by_image, inputs.images.image_sizes)
+        order = image.argsort(stable=True)  # the pooling takes each image's boxes together
+        counts = torch.bincount(image, minlength=len(inputs.scales)).tolist()
+        pooled = heads.mask_roi_pool(
+            inputs.features, list(boxes[order].split(counts)), inputs.images.image_sizes
+        )
         logits = heads.mask_predictor(heads.mask_head(pooled))  # (M, C + 1, r, r)
-        return logits[place, label]
+        return logits[order.argsort(), label]
 
     def _channels(self, labels: Tensor) -> Tensor:
         """torchvision's labels of targets; forward_student, which comes after, names those out of range."""
@@ -251,13 +248,6 @@ def _bilinear_weights(span: Tensor, reach: Tensor, pixels: Tensor, size: int) ->
     cell = torch.arange(size, device=span.device)
     weights = (1 - (position.clamp(0, size - 1)[..., None] - cell).abs()).clamp(min=0)  # (M, n, size)
     return weights * inside[..., None]
-
-
-def _split_by_image(boxes: Tensor, image: Tensor, count: int) -> tuple[list[Tensor], Tensor]:
-    """Boxes (M, 4) of images (M,) as one list per image, and each one's place (M,) in them end to end."""
-    order = image.argsort(stable=True)
-    counts = torch.bincount(image, minlength=count).tolist()
-    return list(boxes[order].split(counts)), order.argsort()
 
 
 def _image_index(boxes: Sequence[Tensor]) -> Tensor:

@@ -123,10 +123,10 @@ class SOLOv2(Segmenter):
         def decode_masks(candidates: Tensor, _boxes: Tensor, _labels: Tensor) -> Tensor:
             return centers_to_grid(found.logits[candidates], self.mask_stride)
 
-        def decode_boxes(boxes: Tensor, labels: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
+        def decode_boxes(boxes: Tensor, labels: Tensor, image_index: Tensor) -> Tensor:
             cells = grid_cells(self.grids, self.size_ranges, boxes.device)
             height, width = features.mask_features.shape[-2:]
-            cell, score = best_cells(
+            cell = best_cells(
                 cells,
                 flatten_levels(features.category_maps),
                 boxes,
@@ -135,7 +135,7 @@ class SOLOv2(Segmenter):
                 (height * self.mask_stride, width * self.mask_stride),
             )
             logits = predict_masks(features.mask_features, image_index, features.kernels[image_index, cell])
-            return centers_to_grid(logits, self.mask_stride), score
+            return centers_to_grid(logits, self.mask_stride)
 
         return Candidates(
             boxes, found.class_scores, found.labels, found.image_index, decode_masks, decode_boxes

@@ -97,8 +97,8 @@ def best_cells(
     labels: Tensor,
     image_index: Tensor,
     padded_size: tuple[int, int],
-) -> tuple[Tensor, Tensor]:
-    """The cell (T,) that predicts each known box best, and its probability (T,) of the box's class.
+) -> Tensor:
+    """The cell (T,) int64 that predicts each known box best: the positive one of the most probable class.
 
     Args:
         cells: S of them.
@@ -111,8 +111,7 @@ def best_cells(
     label = labels.clamp(0, logits.shape[-1] - 1)  # forward_student, which comes after, names those beyond
     probability = logits[image_index, :, label].float().sigmoid()  # (T, S)
     positive = _positive_cells(cells, boxes.float(), padded_size)
-    best = (probability + positive).argmax(1)  # (T,)
-    return best, probability.gather(1, best[:, None])[:, 0]
+    return (probability + positive).argmax(1)
 
 
 def _positive_cells(cells: GridCells, boxes: Tensor, padded_size: tuple[int, int]) -> Tensor:
