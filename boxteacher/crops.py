@@ -4,14 +4,18 @@ A crop has `CROP_SIZE` cells on each side and covers `CROP_CONTEXT` times its bo
 not depend on the size of an object. Coordinates are continuous: the pixel in row r covers r … r + 1.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert, roi_align
 
+from boxteacher.precision import full_precision
+
 CROP_SIZE = 64
 CROP_CONTEXT = 1.5
+_FIRST_IN_BOX = math.ceil(CROP_SIZE * (1 - 1 / CROP_CONTEXT) / 2 - 0.5)  # cell on either axis
 
 
 def crop_boxes(boxes: Tensor) -> Tensor:
@@ -46,9 +50,8 @@ def crop_masks(masks: Tensor, boxes: Tensor, stride: int = 1) -> Tensor:
 
 
 def cells_in_box(device: torch.device) -> Tensor:
-    """Cells (S, S) bool of any crop that lie in its box."""
-    place = cell_places(device)  # (S,)
-    inside = (place - 0.5).abs() * CROP_CONTEXT < 0.5
+    """Cells (S, S) bool of any crop whose middles lie in its box."""
+    inside = (cell_places(device) - 0.5).abs() * CROP_CONTEXT < 0.5  # (S,)
     return inside[:, None] & inside
 
 
@@ -69,6 +72,8 @@ def cell_places(device: torch.device) -> Tensor:
 def paste_crops(crops: Tensor, boxes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Crops' values, bilinear, at pixels of a grid: (N, h, w), 0 outside the box.
 
+    The values of the outermost cells in the box are repeated to its sides.
+
     Args:
         crops: (N, S, S).
         boxes: (N, 4) in pixels.
@@ -78,7 +83,8 @@ def paste_crops(crops: Tensor, boxes: Tensor, rows: Tensor, columns: Tensor) -> 
     x0, y0, x1, y1 = boxes.float()[:, :, None].unbind(1)  # (N, 1) each
     down = _interpolation(rows + 0.5, y0, y1)  # (N, h, S)
     across = _interpolation(columns + 0.5, x0, x1)  # (N, w, S)
-    return torch.bmm(torch.bmm(down, crops), across.transpose(1, 2))
+    with full_precision(crops.device):
+        return torch.bmm(torch.bmm(down, crops), across.transpose(1, 2))
 
 
 def _interpolation(middle: Tensor, start: Tensor, end: Tensor) -> Tensor:
@@ -91,7 +97,7 @@ def _interpolation(middle: Tensor, start: Tensor, end: Tensor) -> Tensor:
     """
     size = (end - start).clamp(min=1) * CROP_CONTEXT  # (N, 1)
     place = ((middle - (start + end) / 2) / size + 0.5) * CROP_SIZE - 0.5  # (N, n) in cells
-    place = place.clamp(0, CROP_SIZE - 1)
+    place = place.clamp(_FIRST_IN_BOX, CROP_SIZE - 1 - _FIRST_IN_BOX)
     weights = 1 - (place[:, :, None] - torch.arange(CROP_SIZE, device=middle.device)).abs()
     inside = (middle > start.floor()) & (middle < end.ceil())  # (N, n), pixels that the box overlaps
     return weights.clamp(min=0) * inside[:, :, None]

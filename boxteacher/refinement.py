@@ -24,7 +24,7 @@ _SURE = 0.7  # probability above which a cell's color surely belongs to the obje
 _UNARY_LIMIT = 4.0
 _ROUNDS = 2  # of new histograms
 _STEPS = 4  # of mean field, per round
-_COLOR_SCALE = 8.0  # distance in Lab at which neighbors are half tied
+_COLOR_SCALE = 8.0  # standard deviation in Lab of the ties between neighbors
 _DISTANCES = (1, 2, 4)  # in cells
 _CHUNK = 32  # masks that are refined at once
 
@@ -38,7 +38,7 @@ def refine_detections(
         images: (3, H_i, W_i) each, RGB in [0, 1].
         detections: torchvision's, one dict per image, with masks (K, 1, h_i, w_i) that cover the image; they
             may have been found at another scale than that of `images`.
-        chunk: number of masks that are refined at once, which bounds the memory.
+        chunk: number of masks that are refined at once, which bounds the memory beside the result's.
 
     Returns:
         Detections in pixels of `images`, with mask probabilities (K, 1, H_i, W_i).
@@ -57,12 +57,10 @@ def _refined(image: Tensor, detections: Detections, chunk: int) -> Detections:
     masks, boxes = detections["masks"], detections["boxes"]  # (K, 1, h, w), (K, 4)
     height, width = image.shape[-2:]
     scale = boxes.new_tensor([width / masks.shape[-1], height / masks.shape[-2]]).repeat(2)  # (4,)
-    parts = [
-        refine_masks(image, box, mask[:, 0])
-        for box, mask in zip((boxes * scale).split(chunk), masks.split(chunk), strict=True)
-    ]
-    refined = torch.cat(parts)[:, None] if parts else masks.new_zeros(0, 1, height, width)  # (K, 1, H, W)
-    return {**detections, "boxes": boxes * scale, "masks": refined}
+    parts = [masks.new_zeros(0, height, width)]
+    for some, own in zip((boxes * scale).split(chunk), masks.split(chunk), strict=True):
+        parts.append(refine_masks(image, some, own[:, 0]))
+    return {**detections, "boxes": boxes * scale, "masks": torch.cat(parts)[:, None]}
 
 
 def refine_masks(image: Tensor, boxes: Tensor, masks: Tensor) -> Tensor:
@@ -108,9 +106,11 @@ def refine_crops(colors: Tensor, masks: Tensor, in_image: Tensor) -> Tensor:
         own = masks.clamp(1e-4, 1 - 1e-4).logit()  # (N, S, S)
         separation = _separation(_histogram(bins, (masks > _SURE).float()), outside)  # (N,)
         separation = separation[:, None, None]
+        has_outside = outside.sum(1, keepdim=True) > 0  # (N, 1); not if the box covers the image
         ties = _ties(lab, in_image)
         for _ in range(_ROUNDS):
             ratio = (_histogram(bins, masks) + _BIN_FLOOR).log() - (outside + _BIN_FLOOR).log()
+            ratio = ratio * has_outside  # (N, bins³)
             color = ratio.gather(1, bins).view_as(masks)  # (N, S, S)
             unary = (own + _color_weight(separation) * color).clamp(-_UNARY_LIMIT, _UNARY_LIMIT)
             for _ in range(_STEPS):

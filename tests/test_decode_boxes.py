@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from boxteacher.adapter import Segmenter
+from boxteacher import MultiViewTeacher
+from boxteacher.adapter import MaskGrid, Segmenter
 from boxteacher_adapters.condinst import build_condinst
 from boxteacher_adapters.fcos import DensePredictions, best_locations, pyramid_locations
-from boxteacher_adapters.mask_rcnn import build_mask_rcnn
+from boxteacher_adapters.mask_rcnn import OUTSIDE, build_mask_rcnn
 from boxteacher_adapters.solov2 import build_solov2
 from boxteacher_adapters.solov2_targets import best_cells, grid_cells
 from tests.support import seeded_images
@@ -39,6 +40,7 @@ def test_a_box_has_the_same_mask_alone_and_among_others(build: Build) -> None:
 
 
 def test_mask_rcnn_decodes_a_known_box_as_one_that_a_candidate_is_assigned_to() -> None:
+    """Inside the box; beyond it the mask goes on for a cell, so that resampling loses none of it."""
     torch.manual_seed(0)
     segmenter = build_mask_rcnn(3, backbone="resnet18", weights="none", image_size=128).eval()
     segmenter.model.roi_heads.score_thresh = 0.0  # type: ignore[attr-defined]
@@ -47,7 +49,30 @@ def test_mask_rcnn_decodes_a_known_box_as_one_that_a_candidate_is_assigned_to() 
         assigned = candidates.decode_masks(torch.zeros(2, dtype=torch.int64), BOXES[:2], LABELS[:2])
         decode: Any = candidates.decode_boxes
         known = decode(BOXES[:2], LABELS[:2], IMAGE[:2])
-    assert_close(known, assigned)
+    inside = assigned > OUTSIDE
+    assert_close(known[inside], assigned[inside])
+    assert inside.sum() < (known > OUTSIDE).sum()
+
+
+def test_a_filled_mask_of_mask_rcnn_fills_its_box_in_a_round() -> None:
+    segmenter = build_mask_rcnn(3, backbone="resnet18", weights="none", image_size=128).eval()
+    predictor: Any = segmenter.model.roi_heads.mask_predictor  # type: ignore[attr-defined]
+    torch.nn.init.zeros_(predictor.mask_fcn_logits.weight)
+    torch.nn.init.constant_(predictor.mask_fcn_logits.bias, 4.0)
+    targets: Any = [{"boxes": torch.tensor([[10.0, 12, 18, 20], [40, 30, 64, 54]]), "labels": LABELS[:2]}]
+    pseudo = MultiViewTeacher(segmenter, scales=(1.0,), refine=False)(
+        IMAGES[:1], targets, MaskGrid(1, 96, 128)
+    )
+    assert pseudo.masks.sum((1, 2)).tolist() == [64, 576]
+
+
+def test_a_box_without_positive_cell_is_predicted_by_the_nearest() -> None:
+    cells = grid_cells([4], [(1, 1000)], torch.device("cpu"))
+    logits = torch.zeros(1, 16, 1)
+    logits[0, 15] = 9.0
+    box = torch.tensor([[-3.0, 20, 0.5, 30]])  # its center lies left of the image
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert best_cells(cells, logits, box, zero, zero, (64, 64)).tolist() == [4]
 
 
 def best_location(distances: torch.Tensor, probability: torch.Tensor) -> int:

@@ -1,5 +1,7 @@
 """The teacher that knows the box: views are mapped back, averaged and scored."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -79,11 +81,12 @@ def test_the_grid_of_the_result_may_be_the_students():
 
 def test_a_mirrored_batch_has_mirrored_masks():
     """Mirrored views must be mapped back by each image's own width, not by the padded one."""
-    only = MultiViewTeacher(BrightnessSegmenter(), scales=(1.0,), refine=False)
-    image = bright_square(64, 80, 8, 24, 24)
-    (mask,) = only([image], [target((8, 24, 32, 48))], MaskGrid(1, 64, 80)).masks
-    (other,) = only([image.flip(-1)], [target((48, 24, 72, 48))], MaskGrid(1, 64, 80)).masks
-    assert_close(mask, other.flip(-1))
+    teacher = MultiViewTeacher(BrightnessSegmenter(), scales=(1.0,), refine=False)
+    mirrored = [target((56, 24, 80, 48)), target((4, 12, 36, 44))]
+    masks = teacher(IMAGES, TARGETS, MaskGrid(1, 80, 96)).masks
+    others = teacher([image.flip(-1) for image in IMAGES], mirrored, MaskGrid(1, 80, 96)).masks
+    for mask, other, image in zip(masks, others, IMAGES, strict=True):
+        assert_close(mask[:, : image.shape[-1]], other[:, : image.shape[-1]].flip(-1))
 
 
 def test_views_have_the_sizes_that_were_asked_for():
@@ -97,6 +100,31 @@ def test_networks_that_decode_no_boxes_give_their_best_overlapping_candidate():
     teacher = MultiViewTeacher(BrightnessSegmenter(decodes_boxes=False), scales=(1.0,))
     pseudo = teacher(IMAGES, TARGETS, MaskGrid(1, 80, 96))
     assert pseudo.masks[0, 24:48, 16:40].float().mean() > 0.95
+
+
+def test_a_view_without_a_candidate_does_not_count():
+    class FindsNothingMirrored(BrightnessSegmenter):
+        def forward_teacher(self, images: list[Tensor]) -> Candidates:
+            found = super().forward_teacher(images)
+            self.calls = getattr(self, "calls", 0) + 1
+            none = slice(0, 0) if self.calls % 2 == 0 else slice(None)
+            return replace(
+                found,
+                boxes=found.boxes[none],
+                scores=found.scores[none],
+                labels=found.labels[none],
+                image_index=found.image_index[none],
+            )
+
+    teacher = MultiViewTeacher(FindsNothingMirrored(decodes_boxes=False), scales=(1.0,))
+    pseudo = teacher(IMAGES, TARGETS, MaskGrid(1, 80, 96))
+    assert pseudo.masks[0, 24:48, 16:40].float().mean() > 0.95
+
+
+def test_pictures_of_bytes_are_taken_as_by_other_teachers():
+    pictures = [(image * 255).round().byte() for image in IMAGES]
+    teacher = MultiViewTeacher(BrightnessSegmenter())
+    assert teacher(pictures, TARGETS, MaskGrid(1, 80, 96)).masks[0, 24:48, 16:40].float().mean() > 0.95
 
 
 def test_confidence_falls_with_a_mask_that_does_not_reach_the_sides_of_its_box():

@@ -49,6 +49,24 @@ def test_a_true_mask_stays():
     assert iou(refine_masks(image, box, mask.float() * 0.9 + 0.05) > 0.5, mask) > 0.97
 
 
+@pytest.mark.parametrize("side", [9, 64, 400])
+def test_a_rectangle_keeps_its_rim(side):
+    """A box that its object fills ends between two cells of its crop."""
+    mask = torch.zeros(1, side + 20, side + 30, dtype=torch.bool)
+    mask[:, 8 : 8 + side, 11 : 11 + side] = True
+    image = torch.where(mask, torch.tensor([0.8, 0.2, 0.2])[:, None, None], 0.4)
+    box = torch.tensor([[11.0, 8, 11 + side, 8 + side]])
+    assert torch.equal(refine_masks(image, box, mask.float()) > 0.5, mask)
+
+
+def test_a_box_that_covers_the_image_leaves_the_mask_to_the_network():
+    """There is no color outside the box to compare with."""
+    mask = disc(96, (48, 48), 30)[None]
+    image = torch.full((3, 96, 96), 0.5)
+    box = torch.tensor([[0.0, 0, 96, 96]])
+    assert iou(refine_masks(image, box, mask.float() * 0.5 + 0.25) > 0.5, mask) > 0.95
+
+
 def test_where_colors_say_nothing_the_mask_stays():
     _, mask, box = scene()
     image = torch.full((3, 96, 96), 0.5)

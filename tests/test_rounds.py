@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -37,10 +38,10 @@ def filled_boxes(images: list[Tensor], targets: list[dict[str, Tensor]], grid: M
     return PseudoMasks(masks, confidence)
 
 
-def predicted(folder: Folder, **options: object):
+def predicted(folder: Folder, image_size: int = 40, **options: object):
     index = folder.index(**options)
     masks = predict_pseudo_masks(
-        filled_boxes, index, image_size=40, shortest_side=None, device="cpu", workers=0
+        filled_boxes, index, image_size=image_size, shortest_side=None, device="cpu", workers=0
     )
     return index, masks
 
@@ -52,6 +53,34 @@ def test_masks_are_kept_at_the_size_of_the_stored_image(folder):
     masks = decode_masks([mask for mask in found.masks if mask is not None], 24, 40)
     assert masks.sum((1, 2)).tolist() == [60, 72]  # 10 × 6 and 8 × 9 pixels
     assert masks[0, 2:8, 4:14].all()
+
+
+def test_masks_are_cut_to_their_boxes(folder):
+    def everywhere(images: list[Tensor], targets: list[dict[str, Tensor]], grid: MaskGrid) -> PseudoMasks:
+        count = len(targets[0]["boxes"])
+        return PseudoMasks(torch.ones(count, *grid.shape), torch.full((count,), 0.5))
+
+    masks = predict_pseudo_masks(
+        everywhere, folder.index(), image_size=20, shortest_side=None, device="cpu", workers=0
+    ).masks
+    mask = decode_masks(masks[:1], 24, 40)[0]
+    assert not mask[:, :4].any()
+    assert not mask[9:].any()
+    assert mask[2:8, 4:14].all()
+
+
+def test_a_box_that_resizing_left_empty_has_no_mask_and_the_others_keep_theirs(folder):
+    x = float(np.nextafter(np.float32(20), np.float32(30)))
+    folder.content["annotations"][1]["bbox"] = [20, 5, x - 20, 9]
+    _, found = predicted(folder, image_size=13)
+    assert found.masks[0] is not None
+    assert found.confidence[0] == 0.75
+
+
+def test_a_round_leaves_the_random_numbers_of_training_alone(folder):
+    before = torch.get_rng_state()
+    predicted(folder)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_crowds_have_no_pseudo_mask(folder):

@@ -115,12 +115,19 @@ class MaskRCNNProvider(Segmenter):
         original_boxes = torch.cat(boxes) * inputs.scales[image_index]  # (K, 4)
         grid = mask_grid(images, self.mask_stride, self.size_divisor)
 
+        def decode(boxes: Tensor, labels: Tensor, image: Tensor, reach: Tensor) -> Tensor:
+            # A target's label may be out of range; forward_student, which comes after, says so.
+            channels = labels.clamp(0, self.num_classes - 1) + 1
+            logits = self._mask_logits(inputs, boxes / inputs.scales[image], image, channels)
+            return paste_on_grid(logits, boxes, reach, grid)
+
         def decode_boxes(boxes: Tensor, labels: Tensor, image: Tensor) -> Tensor:
-            logits = self._mask_logits(inputs, boxes / inputs.scales[image], image, self._channels(labels))
-            return paste_on_grid(logits, boxes, boxes, grid)
+            # Beyond its box a mask has the values of its rim, so that none of it is lost between the cells.
+            margin = boxes.new_tensor([-1, -1, 1, 1]) * self.mask_stride  # (4,)
+            return decode(boxes, labels, image, boxes + margin)
 
         def decode_masks(candidates: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
-            return decode_boxes(boxes, labels, image_index[candidates])
+            return decode(boxes, labels, image_index[candidates], boxes)
 
         return Candidates(
             original_boxes,
@@ -202,10 +209,6 @@ class MaskRCNNProvider(Segmenter):
         )
         logits = heads.mask_predictor(heads.mask_head(pooled))  # (M, C + 1, r, r)
         return logits[order.argsort(), label]
-
-    def _channels(self, labels: Tensor) -> Tensor:
-        """torchvision's labels of targets; forward_student, which comes after, names those out of range."""
-        return labels.clamp(0, self.num_classes - 1) + 1
 
 
 def paste_on_grid(logits: Tensor, boxes: Tensor, reach: Tensor, grid: MaskGrid) -> Tensor:

@@ -100,6 +100,8 @@ def best_cells(
 ) -> Tensor:
     """The cell (T,) int64 that predicts each known box best: the positive one of the most probable class.
 
+    A box without a positive cell, whose center lies outside the image, gets the cell nearest to that.
+
     Args:
         cells: S of them.
         logits: (B, S, C) of the classes.
@@ -111,7 +113,11 @@ def best_cells(
     label = labels.clamp(0, logits.shape[-1] - 1)  # forward_student, which comes after, names those beyond
     probability = logits[image_index, :, label].float().sigmoid()  # (T, S)
     positive = _positive_cells(cells, boxes.float(), padded_size)
-    return (probability + positive).argmax(1)
+    center = (boxes[:, :2] + boxes[:, 2:]) / 2  # (T, 2) x, y
+    across = (cells.column + 0.5) / cells.grid * padded_size[1] - center[:, :1]  # (T, S) in pixels
+    down = (cells.row + 0.5) / cells.grid * padded_size[0] - center[:, 1:]  # (T, S)
+    nearness = -torch.hypot(across, down)
+    return torch.where(positive.any(1, keepdim=True), probability + positive, nearness).argmax(1)
 
 
 def _positive_cells(cells: GridCells, boxes: Tensor, padded_size: tuple[int, int]) -> Tensor:

@@ -34,7 +34,9 @@ class ResizeLongestSide(nn.Module):
     def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Resizes a float image (3, H, W) in [0, 1] and each `BoundingBoxes` and `Mask` in its target."""
         # torch's generator, which the seeds of DataLoader workers set.
-        longest = int(torch.randint(self.low, self.high + 1, ()))
+        longest = self.low
+        if self.high > self.low:  # a fixed size leaves the generator as it is
+            longest = int(torch.randint(self.low, self.high + 1, ()))
         return _resize(image, target, longest / max(image.shape[-2:]))
 
 
@@ -61,7 +63,9 @@ class ResizeShortestSide(nn.Module):
 
     def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Resizes a float image (3, H, W) in [0, 1] and each `BoundingBoxes` and `Mask` in its target."""
-        shortest = self.sizes[int(torch.randint(len(self.sizes), ()))]
+        shortest = self.sizes[0]
+        if len(self.sizes) > 1:  # a fixed size leaves the generator as it is
+            shortest = self.sizes[int(torch.randint(len(self.sizes), ()))]
         scale = min(shortest / min(image.shape[-2:]), self.longest / max(image.shape[-2:]))
         return _resize(image, target, scale)
 

@@ -2,16 +2,17 @@
 
 import json
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
 from torchvision.ops import box_convert
 
-from boxteacher.data import DataIndex, InstanceDataset, collate, evaluation_transform, read_split
+from boxteacher.data import DataIndex, evaluation_transform, read_split
+from boxteacher.data.images import read_image
 from boxteacher.data.masks import encode_binary_masks
 from boxteacher.engine.average_precision import Evaluation, coco_evaluation
 from boxteacher.engine.checkpoint import load_checkpoint
@@ -19,11 +20,13 @@ from boxteacher.engine.devices import pick_device
 from boxteacher.engine.files import write_atomically
 from boxteacher.engine.segmenters import COCO_MAX_DETECTIONS, limited_detections
 from boxteacher.protocol import Detections
-from boxteacher.refinement import refine_detections
+from boxteacher.refinement import refine_masks
 
 logger = logging.getLogger(__name__)
 
 Refinement = Literal["color", "none"]
+
+_MASKS_AT_ONCE = 16
 
 
 def evaluate(
@@ -104,12 +107,10 @@ def evaluate_segmenter(
     if max_detections is None:
         own = getattr(segmenter, "max_detections", COCO_MAX_DETECTIONS)
         max_detections = max(own, index.max_boxes()[0])
-    # Annotated masks are compared as RLE, so no worker has to decode them.
-    transform = _WithStoredImage(evaluation_transform(image_size, shortest_side))
-    images = InstanceDataset(replace(index, masks=None), transform=transform)
+    images = _Images(index, evaluation_transform(image_size, shortest_side), refinement == "color")
     logger.info("masks are %s", "refined by colors" if refinement == "color" else "as predicted")
     with limited_detections(segmenter, max_detections):
-        results = _results(segmenter, images, refinement, workers)
+        results = _results(segmenter, images, workers)
     return coco_evaluation(index, results, max_detections)
 
 
@@ -142,7 +143,12 @@ def read_truth(data: str | Path, class_names: list[str], category_ids: list[int]
 
 
 def coco_results(
-    detections: Detections, image_id: int, size: tuple[int, int], category_ids: list[int]
+    detections: Detections,
+    image_id: int,
+    size: tuple[int, int],
+    category_ids: list[int],
+    *,
+    refine_to: Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """One image's detections as COCO results, at the stored image's size.
 
@@ -151,16 +157,22 @@ def coco_results(
         image_id: COCO's id of the image.
         size: height and width of the stored image in pixels.
         category_ids: COCO category id of each label.
+        refine_to: stored image (3, H, W), RGB in [0, 1], to whose colors masks are fitted.
     """
     height, width = size
-    masks = detections["masks"]  # (K, 1, h, w)
+    masks = detections["masks"][:, 0]  # (K, h, w)
     scale = detections["boxes"].new_tensor([width / masks.shape[-1], height / masks.shape[-2]]).repeat(2)
-    boxes = box_convert(detections["boxes"] * scale, "xyxy", "xywh").cpu().tolist()
+    boxes = detections["boxes"] * scale  # (K, 4)
+    counts: list[bytes] = []
+    # All masks of a large photograph at its own size would take gigabytes.
+    for some, own in zip(boxes.split(_MASKS_AT_ONCE), masks.split(_MASKS_AT_ONCE), strict=True):
+        refined = own if refine_to is None else refine_masks(refine_to, some, own)
+        counts += encode_binary_masks(refined, height, width)
     rows = zip(
-        boxes,
+        box_convert(boxes, "xyxy", "xywh").cpu().tolist(),
         detections["scores"].cpu().tolist(),
         detections["labels"].cpu().tolist(),
-        encode_binary_masks(masks[:, 0], height, width),
+        counts,
         strict=True,
     )
     return [
@@ -169,35 +181,42 @@ def coco_results(
             "category_id": category_ids[label],
             "bbox": [round(value, 2) for value in box],
             "score": score,
-            "segmentation": {"size": [height, width], "counts": counts.decode()},
+            "segmentation": {"size": [height, width], "counts": each.decode()},
         }
-        for box, score, label, counts in rows
+        for box, score, label, each in rows
     ]
 
 
-class _WithStoredImage:
-    """A transform that also keeps each image as it was stored, as `stored_image` of its target."""
+class _Images(Dataset[tuple[Tensor, Tensor | None]]):
+    """A data set's images, transformed, and as they are stored if asked for."""
 
-    def __init__(self, transform: Any) -> None:
+    def __init__(self, index: DataIndex, transform: Any, with_stored: bool) -> None:
+        self.index = index
         self.transform = transform
+        self.with_stored = with_stored
 
-    def __call__(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        small, target = self.transform(image, target)
-        return small, {**target, "stored_image": image}
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor | None]:
+        height, width = self.index.sizes[i].tolist()
+        stored = read_image(self.index.image_path(i), (height, width))
+        image, _ = self.transform(tv_tensors.Image(stored), {})
+        return image.as_subclass(Tensor), stored if self.with_stored else None
 
 
 @torch.inference_mode()
-def _results(
-    segmenter: nn.Module, dataset: InstanceDataset, refinement: Refinement, workers: int
-) -> list[dict[str, Any]]:
+def _results(segmenter: nn.Module, images: _Images, workers: int) -> list[dict[str, Any]]:
     device = next(segmenter.parameters()).device
-    loader = DataLoader(dataset, batch_size=1, num_workers=workers, collate_fn=collate)
+    index = images.index
     results = []
-    for i, (images, targets) in enumerate(loader):
-        found = segmenter([image.to(device) for image in images])
-        if refinement == "color":
-            found = refine_detections([targets[0]["stored_image"].to(device)], found)
-        height, width = dataset.index.sizes[i].tolist()
-        category_ids = dataset.index.category_ids
-        results += coco_results(found[0], targets[0]["image_id"], (height, width), category_ids)
+    for i, (image, stored) in enumerate(DataLoader(images, batch_size=None, num_workers=workers)):
+        (detections,) = segmenter([image.to(device)])
+        results += coco_results(
+            detections,
+            int(index.image_ids[i]),
+            (int(index.sizes[i, 0]), int(index.sizes[i, 1])),
+            index.category_ids,
+            refine_to=None if stored is None else stored.to(device),
+        )
     return results

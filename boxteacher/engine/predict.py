@@ -21,7 +21,6 @@ from boxteacher.engine.files import write_atomically
 from boxteacher.engine.segmenters import limit_detections
 from boxteacher.errors import InputError
 from boxteacher.protocol import Detections
-from boxteacher.refinement import refine_detections
 
 
 def predict(
@@ -69,6 +68,7 @@ def predict(
             raise InputError(f"{path}: its picture would overwrite it: give another --output")
         read_image(path)
     segmenter, info = load_checkpoint(checkpoint)
+    refinement = refinement or info.refinement
     if max_detections is not None:
         limit_detections(segmenter, max_detections)
     segmenter.to(pick_device(device))
@@ -76,11 +76,12 @@ def predict(
     results = []
     for image_id, (path, picture) in enumerate(zip(paths, pictures, strict=True)):
         image = read_image(path)
-        detections = _detect(segmenter, image, info, refinement or info.refinement)
+        detections = _detect(segmenter, image, info)
         kept = detections["scores"] >= score_threshold
         detections = {key: value[kept] for key, value in detections.items()}
         size = (image.shape[-2], image.shape[-1])
-        rows = coco_results(detections, image_id, size, info.category_ids)
+        refine_to = image.to(detections["masks"].device) if refinement == "color" else None
+        rows = coco_results(detections, image_id, size, info.category_ids, refine_to=refine_to)
         full_size = {**detections, **_boxes_and_masks(rows, size)}
         write_picture(picture, draw_detections(image, full_size, info.class_names, score_threshold))
         results += [{"file_name": str(path), **row} for row in rows]
@@ -90,14 +91,12 @@ def predict(
 
 
 @torch.inference_mode()
-def _detect(segmenter: nn.Module, image: Tensor, info: SegmenterInfo, refinement: str) -> Detections:
+def _detect(segmenter: nn.Module, image: Tensor, info: SegmenterInfo) -> Detections:
     """Detections of an image (3, H, W) at the size that the segmenter was trained with."""
     small, _ = evaluation_transform(info.image_size, info.shortest_side)(image, {})
     device = next(segmenter.parameters()).device
-    detections: list[Detections] = segmenter([small.as_subclass(Tensor).to(device)])
-    if refinement == "color":
-        detections = refine_detections([image.to(device)], detections)
-    return detections[0]
+    (detections,) = segmenter([small.as_subclass(Tensor).to(device)])
+    return detections
 
 
 def _boxes_and_masks(rows: list[dict[str, Any]], size: tuple[int, int]) -> Detections:

@@ -17,6 +17,8 @@ from boxteacher.engine.devices import to_device
 from boxteacher.engine.files import write_atomically
 from boxteacher.grid import MaskGrid
 from boxteacher.protocol import PseudoMaskSource, Target
+from boxteacher.targets import box_masks
+from boxteacher.validation import check_pseudo_masks
 
 logger = logging.getLogger(__name__)
 
@@ -93,12 +95,17 @@ def predict_pseudo_masks(
         (image,), (target,) = to_device(batch, targets, torch.device(device))
         if len(target["boxes"]) == 0:
             continue
-        pseudo = source([image], [cast(Target, target)], MaskGrid(1, *image.shape[-2:]))
+        grid = MaskGrid(1, *image.shape[-2:])
+        pseudo = source([image], [cast(Target, target)], grid)
+        check_pseudo_masks(source, pseudo, (len(target["boxes"]), *grid.shape))
+        inside = pseudo.masks.masked_fill(~box_masks(target["boxes"], *grid.coordinates(image.device)), 0)
         start, end = index.starts[i : i + 2]
-        objects = start + np.flatnonzero(~index.crowd[start:end])  # (N,)
+        objects = start + np.flatnonzero(~index.crowd[start:end])
+        # Resizing may have left the smallest boxes without area.
+        objects = objects[np.isin(index.annotation_ids[objects], target["annotation_ids"].cpu())]  # (N,)
         height, width = map(int, index.sizes[i])
         confidence[objects] = pseudo.confidence.float().cpu().numpy()
-        for k, counts in zip(objects, encode_binary_masks(pseudo.masks, height, width), strict=True):
+        for k, counts in zip(objects, encode_binary_masks(inside, height, width), strict=True):
             masks[k] = counts if confidence[k] > 0 else None
     return PredictedMasks(masks, confidence)
 

@@ -130,13 +130,18 @@ class TrainSettings:
         maximum=1,
     )
     iou_threshold: float = option(
-        0.5, help="minimum IoU of a candidate's box with the box it is assigned to", above=0, maximum=1
+        0.5,
+        help="minimum IoU of a candidate's box with the box it is assigned to (without rounds)",
+        above=0,
+        maximum=1,
     )
     score_threshold: float = option(
-        0.0, help="score that the teacher's candidates must exceed", minimum=0, maximum=1
+        0.0, help="score that the teacher's candidates must exceed (without rounds)", minimum=0, maximum=1
     )
     quality_at: Literal["grid", "image"] = option(
-        "grid", help="place where the quality of pseudo masks is measured: mask grid or image's pixels"
+        "grid",
+        help="place where the quality of pseudo masks is measured (without rounds): mask grid or image's "
+        "pixels",
     )
     teacher_size: tuple[int, ...] = option(
         (),
@@ -147,14 +152,14 @@ class TrainSettings:
     )
     teacher_mode: Literal["eval", "train"] = option(
         "eval",
-        help="mode of the teacher's network: eval, or train, which labels with the batch's statistics and "
-        "averages parameters only",
+        help="mode of the teacher's network (without rounds): eval, or train, which labels with the batch's "
+        "statistics and averages parameters only",
     )
     teacher_dtype: Literal["float32", "bfloat16"] = option(
         "float32", help="dtype of the teacher's forward pass"
     )
     teacher_interval: int = option(
-        1, help="interval N: without rounds, the teacher runs every N optimizer steps", minimum=1
+        1, help="interval N: the teacher runs every N optimizer steps (without rounds)", minimum=1
     )
     refinement: Literal["color", "none"] = option(
         "color", help="refinement of masks in rounds, evaluation and prediction: by colors, or none"

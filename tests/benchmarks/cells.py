@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.cells DIR
 
-80 training and 20 validation images of 256 × 256 pixels in COCO format, about 50 objects each, 14 to 30
+80 training and 20 validation images of 256 × 256 pixels in COCO format, about 50 objects each, 8 to 30
 pixels in diameter.
 """
 

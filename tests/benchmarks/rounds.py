@@ -56,11 +56,11 @@ class Comparison:
 
 
 def compare(predicted: PredictedMasks, index: DataIndex) -> Comparison:
-    """Compares a data set's pseudo masks with its annotated masks; objects that lack one are left out."""
+    """Compares a data set's pseudo masks with its annotated masks, where both are."""
     owners = np.repeat(np.arange(len(index)), np.diff(index.starts))  # (M,)
     rows = []
-    for k, (pseudo, annotated) in enumerate(zip(predicted.masks, index.masks or [], strict=True)):
-        if pseudo is None or annotated is None or index.crowd[k]:
+    for k, (pseudo, annotated) in enumerate(zip(predicted.masks, index.masks or (), strict=True)):
+        if pseudo is None or annotated is None:
             continue
         size = index.sizes[owners[k]].tolist()
         ours, true = ({"size": size, "counts": counts} for counts in (pseudo, annotated))
@@ -77,12 +77,13 @@ def main() -> None:
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("--data", type=Path, required=True)
     arguments = parser.parse_args()
-    index = read_split(arguments.data, "train", read_masks=True, masks_optional=True)
+    index = read_split(arguments.data, "train", read_masks=True)
     for path in sorted(arguments.run.glob("pseudo_masks_*.npz")):
         predicted, step = load_predicted_masks(path)
         found = compare(predicted, index)
         print(
-            f"step {step}: {len(found.overlap)} masks, IoU mean {found.overlap.mean():.3f} median "
+            f"step {step}: {len(found.overlap)} of {(~index.crowd).sum()} objects, IoU mean "
+            f"{found.overlap.mean():.3f} median "
             f"{np.median(found.overlap):.3f}, above 0.8 {(found.overlap > 0.8).mean():.2f}, precision "
             f"{found.precision().mean():.3f}, recall {found.recall().mean():.3f}, area "
             f"{np.median(found.area):.2f}, confidence {found.confidence.mean():.3f}, calibration "
