@@ -19,6 +19,7 @@ from boxteacher.losses import (
     BoxRegions,
     color_pairwise_loss,
     color_relation,
+    ellipse_loss,
     noise_aware_pixel_loss,
     pair_sums,
     projection_loss,
@@ -197,6 +198,10 @@ class TrainingWrapper(nn.Module):
         """A weight that grows linearly, by optimizer steps, from nearly 0 to 1 over the given number."""
         return min((self.optimizer_steps + 1) / max(steps, 1), 1.0)
 
+    def cooldown(self, steps: int) -> float:
+        """A weight that falls linearly, by optimizer steps, from 1 to 0 over the given number."""
+        return max(1 - self.optimizer_steps / steps, 0.0) if steps else 0.0
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self.synchronize()
         return super().state_dict(*args, **kwargs)
@@ -226,16 +231,20 @@ class BoxSupervised(TrainingWrapper):
     Args:
         student: segmenter to train.
         warmup_steps: optimizer steps until the pairwise loss has its full weight.
+        ellipse_steps: optimizer steps during which masks also learn to fill the ellipse in their box, with a
+            weight that falls from 1 to 0; 0 for none, as in BoxInst.
 
     Raises:
         ProtocolError: `student` lacks a part of `PseudoMaskProvider`; the message names it.
         InputError: a setting is out of range.
     """
 
-    def __init__(self, student: nn.Module, *, warmup_steps: int = 10_000) -> None:
+    def __init__(self, student: nn.Module, *, warmup_steps: int = 10_000, ellipse_steps: int = 0) -> None:
         super().__init__(student)
         check_range("warmup_steps", warmup_steps, minimum=0)
+        check_range("ellipse_steps", ellipse_steps, minimum=0)
         self.warmup_steps = warmup_steps
+        self.ellipse_steps = ellipse_steps
 
     def forward(
         self, images: list[Tensor], targets: list[Target] | None = None
@@ -267,12 +276,14 @@ class BoxSupervised(TrainingWrapper):
             (color_sums,), (color_counts,) = pair_sums(logits, regions, [colors])  # (M,) each
             pairwise = color_pairwise_loss(color_sums * predictions.weight, color_counts)
             projection = projection_loss(logits, truth.box_masks[index]) * predictions.weight  # (M,)
-            mask_losses.append(
-                {
-                    "loss_projection": global_mean(projection),
-                    "loss_pairwise": pairwise * self.warmup(self.warmup_steps),
-                }
-            )
+            losses = {
+                "loss_projection": global_mean(projection),
+                "loss_pairwise": pairwise * self.warmup(self.warmup_steps),
+            }
+            if ellipse_weight := self.cooldown(self.ellipse_steps):
+                ellipse = ellipse_loss(logits, truth.boxes[index], grid) * predictions.weight  # (M,)
+                losses["loss_ellipse"] = global_mean(ellipse) * ellipse_weight
+            mask_losses.append(losses)
         checks.finish()
         return self.combine(output.losses, mask_losses)
 

@@ -13,6 +13,7 @@ from boxteacher.losses import (
     affinity_relation,
     color_pairwise_loss,
     color_relation,
+    ellipse_loss,
     noise_aware_pixel_loss,
     noise_reduced_affinity_loss,
     pair_sums,
@@ -65,6 +66,8 @@ class BoxTeacher(TrainingWrapper):
         warmup_steps: optimizer steps until the color-pairwise loss has its full weight.
         pseudo_warmup_steps: optimizer steps until the two losses from pseudo masks have their full weight;
             `warmup_steps` if not given.
+        ellipse_steps: optimizer steps during which masks also learn to fill the ellipse in their box, with a
+            weight that falls from 1 to 0; 0 for none, as in the paper.
         teacher_interval: number of optimizer steps from one run of the teacher to the next; in between, masks
             learn from boxes, colors and the masks of the targets alone. 0 for never: pseudo masks are
             predicted between steps, and come as masks of the targets with their `mask_confidence`.
@@ -90,6 +93,7 @@ class BoxTeacher(TrainingWrapper):
         mask_weight: float = 1.0,
         warmup_steps: int = 10_000,
         pseudo_warmup_steps: int | None = None,
+        ellipse_steps: int = 0,
         teacher_interval: int = 1,
         inference: Literal["teacher", "student"] = "teacher",
     ) -> None:
@@ -100,6 +104,7 @@ class BoxTeacher(TrainingWrapper):
         check_range("mask_weight", mask_weight, minimum=0)
         check_range("warmup_steps", warmup_steps, minimum=0)
         check_range("pseudo_warmup_steps", pseudo_warmup_steps, minimum=0)
+        check_range("ellipse_steps", ellipse_steps, minimum=0)
         check_whole("teacher_interval", teacher_interval, minimum=0)
         check_choice("inference", inference, ("teacher", "student"))
         self.teacher: PseudoMaskSource = EMATeacher(self.student) if teacher is None else teacher
@@ -110,6 +115,7 @@ class BoxTeacher(TrainingWrapper):
         self.mask_weight = mask_weight
         self.warmup_steps = warmup_steps
         self.pseudo_warmup_steps = pseudo_warmup_steps
+        self.ellipse_steps = ellipse_steps
         self.teacher_interval = teacher_interval
         self.inference = inference
         self.last_pseudo_masks: PseudoMasks | None = None
@@ -184,6 +190,9 @@ class BoxTeacher(TrainingWrapper):
                 "loss_pixel": pixel * (self.pixel_weight * pseudo_weight),
                 "loss_affinity": affinity * (self.affinity_weight * pseudo_weight),
             }
+            if ellipse_weight := self.cooldown(self.ellipse_steps):
+                ellipse = ellipse_loss(logits, truth.boxes[index], grid) * predictions.weight  # (M,)
+                losses["loss_ellipse"] = global_mean(ellipse) * ellipse_weight
             if with_masks:
                 trust = is_annotated[index] * predictions.weight
                 annotated = noise_aware_pixel_loss(logits, truth.masks[index], trust)

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from boxteacher.grid import MaskGrid
 from boxteacher.losses import (
     color_pairwise_loss,
     dice_loss,
+    ellipse_loss,
     noise_aware_pixel_loss,
     noise_reduced_affinity_loss,
     projection_loss,
@@ -179,3 +181,21 @@ def test_padding_changes_no_loss():
     trust = torch.ones(1)
     wide_pixel = noise_aware_pixel_loss(wide, F.pad(pseudo, (0, 8, 0, 4)), trust)
     assert_close(wide_pixel, noise_aware_pixel_loss(logits, pseudo, trust))
+
+
+def test_the_ellipse_loss_of_a_filled_ellipse_is_none_and_that_of_an_outline_is_not():
+    grid = MaskGrid(1, 60, 60)
+    y, x = torch.meshgrid(torch.arange(60) + 0.5, torch.arange(60) + 0.5, indexing="ij")
+    radius = ((x - 30) / 20) ** 2 + ((y - 25) / 15) ** 2  # of the ellipse in the box, 1 at its rim
+    filled = torch.where(radius <= 1, 20.0, -20.0)
+    outline = torch.where((radius <= 1) & (radius > 0.8), 20.0, -20.0)
+    box = torch.tensor([[10.0, 10, 50, 40]])
+    loss = ellipse_loss(torch.stack([filled, outline]), box.expand(2, 4), grid)
+    assert loss[0] < 1e-4
+    # Of Dice 1 − 2 |A ∩ E| / (|A| + |E|), with a fifth of the ellipse in the outline.
+    assert float(loss[1]) == pytest.approx(1 - 2 * 0.2 / 1.2, abs=0.02)
+
+
+def test_the_ellipse_loss_of_a_box_that_touches_no_cell_is_finite():
+    loss = ellipse_loss(torch.randn(1, 8, 8), torch.tensor([[1.0, 1, 1.5, 1.5]]), MaskGrid(4, 8, 8))
+    assert loss.isfinite().all()

@@ -14,7 +14,7 @@ from boxteacher.cli import main
 from boxteacher.data import InstanceDataset, read_split
 from boxteacher.data.masks import decode_masks, encode_binary_masks
 from boxteacher.engine.pseudo_masks import load_predicted_masks, predict_pseudo_masks, with_pseudo_masks
-from boxteacher.engine.rounds import round_starts
+from boxteacher.engine.rounds import filled_share, round_starts
 from boxteacher.engine.settings import TrainSettings
 from boxteacher.grid import MaskGrid
 from boxteacher.targets import box_masks
@@ -159,6 +159,15 @@ def test_without_rounds_the_teacher_speaks_in_every_step(shapes, tmp_path):
     settings = json.loads((output / "settings.json").read_text())
     assert settings["augmentation"] == "color+blur"
     assert "pseudo_masks" in log_of(output)[0]
+
+
+def test_masks_that_fill_little_of_their_boxes_are_noticed(folder):
+    index, found = predicted(folder)
+    assert filled_share(found, index) == pytest.approx(1, abs=0.01)
+    outline = torch.zeros(1, 24, 40)
+    outline[0, 2:8, 4] = 1  # a sixtieth of the image, a tenth of the box
+    counts = encode_binary_masks(outline, 24, 40)[0]
+    assert filled_share(replace(found, masks=[counts, None, None]), index) == pytest.approx(0.1)
 
 
 def test_the_instrument_compares_pseudo_masks_with_annotated_ones(folder):

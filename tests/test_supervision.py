@@ -1,6 +1,7 @@
 """Evaluation, `unwrap` and state dicts of the wrappers, and the two supervisions without a teacher."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -115,3 +116,20 @@ def test_mask_supervision_without_masks_has_mask_loss_0_and_warns_once(caplog):
     assert [record.message.split(":")[0] for record in caplog.records] == [
         "no target of this batch has 'masks', so no mask is learned from it"
     ]
+
+
+@pytest.mark.parametrize(
+    "wrapper", [BoxSupervised, functools.partial(BoxTeacher, augmentation=nn.Identity())]
+)
+def test_masks_learn_to_fill_ellipses_in_the_first_steps_alone(wrapper):
+    model = wrapper(ScriptedSegmenter(), warmup_steps=0, ellipse_steps=2).train()
+    optimizer = torch.optim.SGD(model.student.parameters(), lr=0.0)
+    losses = []
+    for _ in range(3):
+        losses.append(model(IMAGES, TARGETS))
+        sum(losses[-1].values()).backward()
+        optimizer.step()
+    assert_close(losses[1]["loss_ellipse"], losses[0]["loss_ellipse"] / 2)
+    assert losses[0]["loss_ellipse"] > 0
+    assert "loss_ellipse" not in losses[2]
+    assert "loss_ellipse" not in wrapper(ScriptedSegmenter()).train()(IMAGES, TARGETS)

@@ -94,6 +94,13 @@ class TrainSettings:
         minimum=0,
         group="supervision",
     )
+    ellipse_steps: int = option(
+        lambda run: min(10_000, run.steps // 5),
+        help="steps during which masks also learn to fill the ellipse in their box, which keeps them from "
+        "becoming outlines; 0: none, as in the paper",
+        default_text="20 % of the steps, at most 10000",
+        minimum=0,
+    )
     rounds: int = option(
         2,
         help="number of times, evenly spread over the run, that the teacher predicts pseudo masks of all "

@@ -105,7 +105,9 @@ def supervise(segmenter: nn.Module, settings: TrainSettings) -> TrainingWrapper:
     if settings.supervision == "mask":
         return MaskSupervised(segmenter)
     if settings.supervision == "box":
-        return BoxSupervised(segmenter, warmup_steps=settings.warmup_steps)
+        return BoxSupervised(
+            segmenter, warmup_steps=settings.warmup_steps, ellipse_steps=settings.ellipse_steps
+        )
     augmentations = {
         "none": nn.Identity(),
         "color": StrongAugmentation(blur=0.0),
@@ -118,5 +120,6 @@ def supervise(segmenter: nn.Module, settings: TrainSettings) -> TrainingWrapper:
         pixel_weight=_ROUNDS_PIXEL_WEIGHT if settings.rounds else _PIXEL_WEIGHT,
         warmup_steps=settings.warmup_steps,
         pseudo_warmup_steps=settings.pseudo_warmup_steps,
+        ellipse_steps=settings.ellipse_steps,
         teacher_interval=0 if settings.rounds else settings.teacher_interval,
     )

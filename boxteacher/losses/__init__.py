@@ -1,6 +1,7 @@
-"""The four mask losses, each named as its paper names it."""
+"""The mask losses, each named as its paper names it; and the ellipse loss of the first steps."""
 
 from boxteacher.losses.dice import dice_loss
+from boxteacher.losses.ellipse import ellipse_loss
 from boxteacher.losses.packing import BoxRegions
 from boxteacher.losses.pairs import pair_sums
 from boxteacher.losses.pairwise import (
@@ -18,6 +19,7 @@ __all__ = [
     "color_pairwise_loss",
     "color_relation",
     "dice_loss",
+    "ellipse_loss",
     "noise_aware_pixel_loss",
     "noise_reduced_affinity_loss",
     "pair_sums",

@@ -5,6 +5,7 @@ COCO = {
     "shortest_side": (640, 672, 704, 736, 768, 800),
     "batch_size": 16,
     "rounds": 0,
+    "ellipse_steps": 0,
     "refinement": "none",
 }
 
