@@ -95,10 +95,10 @@ class TrainSettings:
         group="supervision",
     )
     ellipse_steps: int = option(
-        lambda run: min(10_000, run.steps // 5),
+        lambda run: min(10_000, run.steps),
         help="steps during which masks also learn to fill the ellipse in their box, which keeps them from "
         "becoming outlines; 0: none, as in the paper",
-        default_text="20 % of the steps, at most 10000",
+        default_text="all steps, at most 10000",
         minimum=0,
     )
     rounds: int = option(
