@@ -81,16 +81,49 @@ def test_an_optional_field_of_another_type_is_ignored(folder: Folder, field: dic
     assert_same(expected, folder.index(read_masks=True))
 
 
-def test_a_crowd_without_a_box_stops_nothing(folder: Folder) -> None:
+@pytest.mark.parametrize("read_masks", [False, True])
+@pytest.mark.parametrize("box", ["absent", None, [1, 2, math.nan, 4]])
+@pytest.mark.parametrize("encode", [compressed, uncompressed, lambda mask: [[20, 5, 28, 5, 28, 14, 20, 14]]])
+def test_a_crowd_without_a_box_has_that_of_its_mask(
+    folder: Folder, encode: Any, box: Any, read_masks: bool
+) -> None:
+    record = folder.content["annotations"][1]
+    record.update(iscrowd=1, segmentation=encode(filled_mask(20, 5, 28, 14)))
+    expected, expected_problems = folder.read(read_masks=read_masks)
+    record["bbox"] = box
+    if box == "absent":
+        del record["bbox"]
+    index, problems = folder.read(read_masks=read_masks)
+    assert problems == expected_problems
+    assert_same(index, expected)
+
+
+@pytest.mark.parametrize("segmentation", [None, [], "garbage", {"counts": [5, 5], "size": [9, 9]}])
+def test_a_crowd_without_a_box_and_a_mask_is_left_out_and_said(folder: Folder, segmentation: Any) -> None:
     folder.content["annotations"].append(annotation(6, 9, 3, [1, 1, 5, 5], None))
     record = folder.content["annotations"][1]
-    record["iscrowd"] = 1
+    record.update(iscrowd=1, segmentation=segmentation)
     del record["bbox"]
-    index, problems = folder.read()
+    index, (problem,) = folder.read()
     assert index.annotation_ids.tolist() == [1, 5, 6]
-    assert [(problem.severity, "'bbox' is missing" in problem.what) for problem in problems] == [
-        ("warning", True)
-    ]
+    assert problem.severity == "warning"
+    assert "(id 2): 'bbox' is missing" in str(problem)
+    assert "left out" in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "said"),
+    [
+        ("images", "width", "a 64-bit integer"),
+        ("images", "file_name", "a string"),
+        ("annotations", "bbox", "a list"),
+    ],
+)
+def test_a_field_of_another_type_is_told_what_coco_has(
+    folder: Folder, group: str, key: str, said: str
+) -> None:
+    folder.content[group][0][key] = {}
+    assert f"{key!r} is {{}}, but COCO has {said} there" in folder.failure()
 
 
 def test_crowds_are_in_the_index_with_their_masks(folder: Folder) -> None:

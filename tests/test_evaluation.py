@@ -245,6 +245,24 @@ def with_a_crowd_without_a_box(content: dict[str, Any]) -> None:
     content["annotations"].insert(0, crowd)
 
 
+def test_detections_in_a_crowd_without_a_box_are_ignored(shapes, tmp_path):
+    found = truth_as_results(shapes)
+    mask = np.zeros(found[0]["segmentation"]["size"])
+    mask[:3, :4] = 1
+    inside = {**found[0], "bbox": [0, 0, 4, 3], "segmentation": compressed(mask), "score": 1.0}
+
+    def add_crowd(content: dict[str, Any]) -> None:
+        crowd = {**content["annotations"][0], "id": 999, "iscrowd": 1, "segmentation": compressed(mask)}
+        del crowd["bbox"], crowd["area"]
+        content["annotations"].append(crowd)
+
+    metrics = coco_evaluation(truth(shapes), [*found, inside]).metrics
+    assert metrics["segm"]["AP"] < 100
+    assert metrics["bbox"]["AP"] < 100
+    index = truth(edited(shapes, tmp_path / "data", "val", add_crowd))
+    assert coco_evaluation(index, [*found, inside]).metrics == {"segm": FULL, "bbox": FULL}
+
+
 def with_a_box_outside(content: dict[str, Any]) -> None:
     first = content["annotations"][0]
     content["annotations"].insert(0, {**first, "id": 999, "bbox": [1000, 5, 9, 9]})
