@@ -185,7 +185,8 @@ def few_masks(content: dict[str, Any]) -> None:
 
 
 def other_names(content: dict[str, Any]) -> None:
-    content["categories"][0]["name"] = "circle"
+    for record, name in zip(content["categories"], ("circle", "wedge", "sun", "plus"), strict=True):
+        record["name"] = name
 
 
 @pytest.mark.parametrize(
