@@ -17,6 +17,7 @@ from pycocotools import mask as mask_utils
 from boxteacher.cli import main
 from boxteacher.engine import fonts
 from boxteacher.engine.drawing import draw_detections, picture_grid
+from boxteacher.engine.predict import predict
 from tests.engine_support import error_of
 
 
@@ -90,6 +91,15 @@ def test_a_folder_stands_for_the_images_in_it(run, tmp_path):
     expected = {0: alone, 1: folder / "a.png", 2: folder / "b.JPG"}
     assert {row["image_id"]: row["file_name"] for row in results} == {i: str(p) for i, p in expected.items()}
     assert {each.name for each in (tmp_path / "out").iterdir()} == {"0.png", "a.png", "b.png", "results.json"}
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+@pytest.mark.parametrize("name", ["photographs", "photographs/b.png"])
+def test_one_path_is_enough(run, tmp_path, kind, name):
+    (tmp_path / "photographs").mkdir()
+    save_noise(tmp_path / "photographs" / "b.png")
+    file = predict(run / "last.pt", kind(tmp_path / name), tmp_path / "out", device="cpu")
+    assert {each.name for each in file.parent.iterdir()} == {"b.png", "results.json"}
 
 
 def test_a_folder_without_images_and_a_name_twice_are_errors(run, tmp_path, capsys):

@@ -4,7 +4,7 @@ import os
 import struct
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -48,8 +48,8 @@ def stored_name(folder: Path, name: str) -> str:
     return next((form for form in forms if os.path.exists(folder / form)), name)
 
 
-def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """The paths, each folder replaced by the images directly in it in the order of their names.
+def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
+    """The path or paths, each folder replaced by the images directly in it in the order of their names.
 
     Hidden files are left out.
 
@@ -57,7 +57,7 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
         InputError: a folder has no image.
     """
     found: list[Path] = []
-    for path in map(Path, paths):
+    for path in map(Path, [paths] if isinstance(paths, str | os.PathLike) else paths):
         if not path.is_dir():
             found.append(path.parent / stored_name(path.parent, path.name))
             continue

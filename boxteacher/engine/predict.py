@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from boxteacher.protocol import Detections
 
 def predict(
     checkpoint: str | Path,
-    images: Sequence[str | Path],
+    images: str | Path | Iterable[str | Path],
     output: str | Path,
     *,
     score_threshold: float = 0.6,
@@ -40,7 +40,7 @@ def predict(
 
     Args:
         checkpoint: checkpoint that `train` wrote.
-        images: image files, and folders that stand for the images in them (see `find_images`); the files'
+        images: image file or files, and folders that stand for the images in them (see `find_images`); the files'
             names must differ.
         output: folder to write to, created if missing.
         score_threshold: minimum score of the detections that are shown and written.
