@@ -51,6 +51,15 @@ def test_the_index_of_a_file(folder: Folder) -> None:
     assert index.masks is None
 
 
+def test_a_missing_area_is_that_of_the_mask_or_else_of_the_box(folder: Folder) -> None:
+    first, second, third = folder.content["annotations"]
+    first["segmentation"] = compressed(filled_mask(4, 2, 9, 8))
+    second["segmentation"] = None
+    third["area"] = 7
+    assert folder.index(read_masks=True, masks_optional=True).area.tolist() == [30, 72, 7]
+    assert folder.index().area.tolist() == [60, 72, 7]
+
+
 def test_max_boxes_does_not_count_crowds(folder: Folder) -> None:
     assert folder.index().max_boxes() == (3, folder.images / "a.png")
     folder.content["annotations"] += [annotation(10 + i, 9, 3, [i, 0, 5, 5], None) for i in range(4)]

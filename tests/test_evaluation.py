@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import shutil
 import unicodedata
 from dataclasses import replace
@@ -132,14 +133,15 @@ def test_filled_boxes_as_masks_have_full_box_ap_but_low_mask_ap(shapes):
     assert metrics["segm"]["AP"] < 60
 
 
-def test_the_size_class_of_a_mask_is_that_of_its_own_area():
+@pytest.mark.parametrize("area", [200, math.nan])
+def test_the_size_class_of_a_mask_is_that_of_its_own_area(area):
     """A misplaced thin diagonal is a small false positive, although its box is large."""
     true, false = np.eye(200), np.eye(200)[:, ::-1]
     index = build_index(
         Path("images"),
         Path("val.json"),
         [IndexedImage(1, "1.png", (200, 200))],
-        [IndexedObject(0, (0, 0, 200, 200), 0, 1, False, 200, compressed(true)["counts"].encode())],
+        [IndexedObject(0, (0, 0, 200, 200), 0, 1, False, area, compressed(true)["counts"].encode())],
         class_names=["line"],
         category_ids=[1],
         problems=[],
