@@ -40,7 +40,7 @@ def predict(
 
     Args:
         checkpoint: checkpoint that `train` wrote.
-        images: image file or files, and folders that stand for the images in them (see `find_images`); the files'
+        images: image file or files, and folders that stand for the images in them (see `find_images`); their
             names must differ.
         output: folder to write to, created if missing.
         score_threshold: minimum score of the detections that are shown and written.
