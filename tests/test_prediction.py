@@ -102,17 +102,24 @@ def test_one_path_is_enough(run, tmp_path, kind, name):
     assert {each.name for each in file.parent.iterdir()} == {"b.png", "results.json"}
 
 
-def test_a_folder_without_images_and_a_name_twice_are_errors(run, tmp_path, capsys):
+def test_a_folder_without_images_is_an_error(run, tmp_path, capsys):
     (tmp_path / "photographs" / "below").mkdir(parents=True)
     save_noise(tmp_path / "photographs" / "below" / "a.png")
     arguments = ["predict", str(run / "last.pt"), "--output", str(tmp_path / "out")]
     error = error_of([*arguments, str(tmp_path / "photographs")], capsys)
     assert f"{tmp_path / 'photographs'}: no image directly in this folder" in error
-    save_noise(tmp_path / "photographs" / "below" / "a.jpg")
-    error = error_of([*arguments, str(tmp_path / "photographs" / "below")], capsys)
-    assert "a.jpg" in error
-    assert "a.png" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_of_images_that_differ_in_the_suffix_alone_have_it_in_their_names(run, tmp_path):
+    names = ["a.jpg", "a.jpg.png", "a.png", "b.png"]
+    (tmp_path / "photographs").mkdir()
+    for name in names:
+        save_noise(tmp_path / "photographs" / name)
+    arguments = ["predict", str(run / "last.pt"), str(tmp_path / "photographs")]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    expected = {f"{name}.png" for name in names} | {"results.json"}
+    assert {each.name for each in (tmp_path / "out").iterdir()} == expected
 
 
 def test_prediction_turns_images_upright(checkpoint_with_detections, tmp_path):

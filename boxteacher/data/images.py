@@ -191,9 +191,9 @@ def _has_end(path: Path, kind: str | None) -> bool:
 
 def _unreadable(path: Path, error: BaseException) -> Problem:
     if isinstance(error, FileNotFoundError):
-        return Problem(path, "", "no such image", "check its path, or remove its record")
+        return Problem(path, "", "no such image", "check its path, or leave it out")
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     if isinstance(error, UnknownWhiteError):
         return Problem(path, "", reason, "scale its values to 0…255 and save 8 bits per sample")
     what = f"cannot be read as an image ({reason})"
-    return Problem(path, "", what, "replace it by an 8-bit PNG or JPEG, or remove its record")
+    return Problem(path, "", what, "replace it by an 8-bit PNG or JPEG, or leave it out")

@@ -35,15 +35,16 @@ def predict(
 ) -> Path:
     """Writes images overlaid with their masks to `output/NAME.png`, and `output/results.json`.
 
+    NAME is an image's without its suffix, or with it for all images if two differ in the suffix alone.
     `results.json` holds COCO results, whose `image_id` counts the images from 0 and whose `file_name` is the
     image's path. Masks and boxes are those of the upright view (see `read_image`).
 
     Args:
         checkpoint: checkpoint that `train` wrote.
-        images: image file or files, and folders that stand for the images in them (see `find_images`); their
-            names must differ.
+        images: image file or files, and folders that stand for the images in them (see `find_images`), no two
+            of the same name.
         output: folder to write to, created if missing.
-        score_threshold: minimum score of the detections that are shown and written.
+        score_threshold: minimum score, in [0, 1], of the detections that are shown and written.
         refinement: "color" or "none"; what the run was made with if not given.
         device: name of the device (see `pick_device`).
         max_detections: maximum number of detections per image; the checkpoint's if not given.
@@ -52,17 +53,12 @@ def predict(
         Path of `results.json`.
 
     Raises:
-        InputError: the checkpoint or an image cannot be used; nothing is written.
+        InputError: the checkpoint, an image or the threshold cannot be used; nothing is written.
     """
+    if not 0 <= score_threshold <= 1:
+        raise InputError(f"score_threshold={score_threshold} is not in 0…1, where scores are; change it")
     paths, output = find_images(images), Path(output)
-    names = [path.stem for path in paths]
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
-    if twice is not None:
-        first, second, *_ = (path for path in paths if path.stem == twice)
-        raise InputError(
-            f"{first} and {second} would both be drawn to {twice}.png: use two calls with two --output"
-        )
-    pictures = [output / f"{name}.png" for name in names]
+    pictures = [output / f"{name}.png" for name in _picture_names(paths)]
     for path, picture in zip(paths, pictures, strict=True):
         if picture.resolve() == path.resolve():
             raise InputError(f"{path}: its picture would overwrite it: give another --output")
@@ -88,6 +84,20 @@ def predict(
     file = output / "results.json"
     write_atomically(file, lambda temporary: temporary.write_text(json.dumps(results) + "\n"))
     return file
+
+
+def _picture_names(paths: list[Path]) -> list[str]:
+    """Names of the images without their suffixes, or all with them if two would be the same."""
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(names):
+        names = [path.name for path in paths]
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        first, second, *_ = (path for path in paths if path.name == twice)
+        raise InputError(
+            f"{first} and {second} have one name, as would their pictures: use two calls with two --output"
+        )
+    return names
 
 
 @torch.inference_mode()
