@@ -102,6 +102,21 @@ def test_one_path_is_enough(run, tmp_path, kind, name):
     assert {each.name for each in file.parent.iterdir()} == {"b.png", "results.json"}
 
 
+def test_the_white_that_a_deep_image_leaves_open_is_said(run, tmp_path, caplog):
+    ramp = np.tile(np.linspace(0, 1, 40), (24, 1))
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for name, white in (("a.png", 4095), ("b.png", 4000), ("c.png", 255), ("d.png", 65535)):
+        Image.fromarray(np.uint16(ramp * white)).save(folder / name)
+    save_noise(folder / "e.png")
+    predict(run / "last.pt", folder, tmp_path / "out", device="cpu")
+    of_4095, of_255 = (each for each in caplog.messages if "taken as white" in each)
+    assert of_4095.startswith(f"{folder / 'a.png'}: no value in this file of 16 bits per sample exceeds 4095")
+    assert of_4095.endswith("(1 more like this)")
+    assert of_255.startswith(f"{folder / 'c.png'}: no value in this file of 16 bits per sample exceeds 255")
+    assert not of_255.endswith("like this)")
+
+
 def test_a_folder_without_images_is_an_error(run, tmp_path, capsys):
     (tmp_path / "photographs" / "below").mkdir(parents=True)
     save_noise(tmp_path / "photographs" / "below" / "a.png")

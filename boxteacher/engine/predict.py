@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from boxteacher.data import evaluation_transform
-from boxteacher.data.images import find_images, read_image
+from boxteacher.data.images import find_images, read_and_check_image, read_image
 from boxteacher.data.masks import decode_masks
+from boxteacher.data.problems import log_warnings
 from boxteacher.engine.checkpoint import SegmenterInfo, load_checkpoint
 from boxteacher.engine.devices import pick_device
 from boxteacher.engine.drawing import draw_detections, write_picture
@@ -59,10 +60,7 @@ def predict(
         raise InputError(f"score_threshold={score_threshold} is not in 0…1, where scores are; change it")
     paths, output = find_images(images), Path(output)
     pictures = [output / f"{name}.png" for name in _picture_names(paths)]
-    for path, picture in zip(paths, pictures, strict=True):
-        if picture.resolve() == path.resolve():
-            raise InputError(f"{path}: its picture would overwrite it: give another --output")
-        read_image(path)
+    _check_images(paths, pictures)
     segmenter, info = load_checkpoint(checkpoint)
     refinement = refinement or info.refinement
     if max_detections is not None:
@@ -98,6 +96,16 @@ def _picture_names(paths: list[Path]) -> list[str]:
             f"{first} and {second} have one name, as would their pictures: use two calls with two --output"
         )
     return names
+
+
+def _check_images(paths: list[Path], pictures: list[Path]) -> None:
+    """Raises InputError if an image cannot be read or would be overwritten, and logs guesses of white."""
+    warnings = []
+    for path, picture in zip(paths, pictures, strict=True):
+        if picture.resolve() == path.resolve():
+            raise InputError(f"{path}: its picture would overwrite it: give another --output")
+        warnings.append(read_and_check_image(path)[1])
+    log_warnings(filter(None, warnings))
 
 
 @torch.inference_mode()
