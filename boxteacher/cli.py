@@ -160,7 +160,9 @@ def _parser() -> argparse.ArgumentParser:
         "images", type=Path, nargs="+", metavar="IMAGE", help="image file, or folder of images"
     )
     predict.add_argument("--output", type=Path, required=True, help="folder for the images and results.json")
-    predict.add_argument("--score-threshold", type=float, default=0.6, help="minimum score (default: 0.6)")
+    predict.add_argument(
+        "--score-threshold", type=float, default=0.6, help="minimum score, 0 to 1 (default: 0.6)"
+    )
     predict.add_argument(
         "--max-detections", type=_at_least(1), help="maximum number of objects per image (default: the run's)"
     )

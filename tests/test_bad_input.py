@@ -185,7 +185,8 @@ def few_masks(content: dict[str, Any]) -> None:
 
 
 def other_names(content: dict[str, Any]) -> None:
-    content["categories"][0]["name"] = "circle"
+    for record, name in zip(content["categories"], ("circle", "wedge", "sun", "plus"), strict=True):
+        record["name"] = name
 
 
 @pytest.mark.parametrize(
@@ -223,8 +224,18 @@ def test_prediction_of_broken_images_or_of_two_of_one_name_writes_nothing(run, s
         ([good, twin], good.stem),
     ):
         arguments = ["predict", str(run / "last.pt"), *map(str, images), "--output", str(out)]
-        assert named in error_of(arguments, capsys)
+        error = error_of(arguments, capsys)
+        assert named in error
+        assert "record" not in error
         assert not out.exists()
+
+
+@pytest.mark.parametrize("threshold", ["nan", "-0.1", "60", "inf"])
+def test_a_threshold_that_no_score_can_be_compared_with_is_refused(run, shapes, tmp_path, capsys, threshold):
+    arguments = ["predict", str(run / "last.pt"), str(shapes / "val"), "--output", str(tmp_path / "out")]
+    error = error_of([*arguments, f"--score-threshold={threshold}"], capsys)
+    assert f"score_threshold={float(threshold)} is not in 0…1" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_broken_image_found_by_a_worker_during_training_is_named(shapes, tmp_path, capsys, monkeypatch):

@@ -51,6 +51,15 @@ def test_the_index_of_a_file(folder: Folder) -> None:
     assert index.masks is None
 
 
+def test_a_missing_area_is_that_of_the_mask_or_else_of_the_box(folder: Folder) -> None:
+    first, second, third = folder.content["annotations"]
+    first["segmentation"] = compressed(filled_mask(4, 2, 9, 8))
+    second["segmentation"] = None
+    third["area"] = 7
+    assert folder.index(read_masks=True, masks_optional=True).area.tolist() == [30, 72, 7]
+    assert folder.index().area.tolist() == [60, 72, 7]
+
+
 def test_max_boxes_does_not_count_crowds(folder: Folder) -> None:
     assert folder.index().max_boxes() == (3, folder.images / "a.png")
     folder.content["annotations"] += [annotation(10 + i, 9, 3, [i, 0, 5, 5], None) for i in range(4)]
@@ -81,16 +90,49 @@ def test_an_optional_field_of_another_type_is_ignored(folder: Folder, field: dic
     assert_same(expected, folder.index(read_masks=True))
 
 
-def test_a_crowd_without_a_box_stops_nothing(folder: Folder) -> None:
+@pytest.mark.parametrize("read_masks", [False, True])
+@pytest.mark.parametrize("box", ["absent", None, [1, 2, math.nan, 4]])
+@pytest.mark.parametrize("encode", [compressed, uncompressed, lambda mask: [[20, 5, 28, 5, 28, 14, 20, 14]]])
+def test_a_crowd_without_a_box_has_that_of_its_mask(
+    folder: Folder, encode: Any, box: Any, read_masks: bool
+) -> None:
+    record = folder.content["annotations"][1]
+    record.update(iscrowd=1, segmentation=encode(filled_mask(20, 5, 28, 14)))
+    expected, expected_problems = folder.read(read_masks=read_masks)
+    record["bbox"] = box
+    if box == "absent":
+        del record["bbox"]
+    index, problems = folder.read(read_masks=read_masks)
+    assert problems == expected_problems
+    assert_same(index, expected)
+
+
+@pytest.mark.parametrize("segmentation", [None, [], "garbage", {"counts": [5, 5], "size": [9, 9]}])
+def test_a_crowd_without_a_box_and_a_mask_is_left_out_and_said(folder: Folder, segmentation: Any) -> None:
     folder.content["annotations"].append(annotation(6, 9, 3, [1, 1, 5, 5], None))
     record = folder.content["annotations"][1]
-    record["iscrowd"] = 1
+    record.update(iscrowd=1, segmentation=segmentation)
     del record["bbox"]
-    index, problems = folder.read()
+    index, (problem,) = folder.read()
     assert index.annotation_ids.tolist() == [1, 5, 6]
-    assert [(problem.severity, "'bbox' is missing" in problem.what) for problem in problems] == [
-        ("warning", True)
-    ]
+    assert problem.severity == "warning"
+    assert "(id 2): 'bbox' is missing" in str(problem)
+    assert "left out" in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "said"),
+    [
+        ("images", "width", "a 64-bit integer"),
+        ("images", "file_name", "a string"),
+        ("annotations", "bbox", "a list"),
+    ],
+)
+def test_a_field_of_another_type_is_told_what_coco_has(
+    folder: Folder, group: str, key: str, said: str
+) -> None:
+    folder.content[group][0][key] = {}
+    assert f"{key!r} is {{}}, but COCO has {said} there" in folder.failure()
 
 
 def test_crowds_are_in_the_index_with_their_masks(folder: Folder) -> None:
@@ -156,12 +198,18 @@ def test_given_classes_define_the_labels(folder: Folder) -> None:
         ({3: "dog", 44: "cat"}, [1, 0, 1], []),
         ({44: "dog", 3: "cat"}, [1, 0, 1], ["3 of 3 annotations", "dog is 3, not 44", "matched by name"]),
         ({0: "cat", 1: "dog"}, [0, 1, 0], ["3 of 3 annotations", "cat is 44, not 0", "matched by name"]),
-        ({3: "puppy", 44: "cat"}, [1, 0, 1], ["1 of 3 annotations", "3 is dog, not puppy", "matched by id"]),
+        ({3: "Dog ", 44: "CAT"}, [1, 0, 1], []),
+        ({44: " dog", 3: "Cat"}, [1, 0, 1], ["3 of 3 annotations", "dog is 3, not 44", "matched by name"]),
+        (
+            {3: "puppy", 44: "kitten"},
+            [1, 0, 1],
+            ["3 of 3 annotations", "3 is dog, not puppy", "matched by id"],
+        ),
         # A name that two classes share decides nothing.
         ({3: "dog", 44: "cat", 5: "cat"}, [1, 0, 1], ["1 of 3 classes have no object here"]),
     ],
 )
-def test_categories_are_matched_by_name_before_id(
+def test_categories_are_matched_by_name_or_if_all_are_renamed_by_id(
     folder: Folder, classes: dict[int, str], labels: list[int], said: list[str]
 ) -> None:
     index, problems = folder.read(classes=classes)
@@ -176,9 +224,53 @@ def test_objects_of_a_category_that_training_lacks_are_counted(folder: Folder) -
     assert folder.failure(classes={3: "dog"}).startswith(
         f"{folder.file}: categories: 2 of 3 annotations have a category that training does not: cat (id 44)"
     )
-    # Neither by its name, which is another class's, nor by its id, whose class has another category.
-    message = folder.failure(classes={3: "cat", 44: "mouse"})
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        {3: "cat", 44: "mouse"},
+        {3: "puppy", 44: "cat"},
+        {0: "cat", 3: "bird"},
+        {44: "Cat ", 3: "bird"},
+    ],
+)
+def test_no_category_is_matched_by_id_beside_others_by_name(folder: Folder, classes: dict[int, str]) -> None:
+    message = folder.failure(classes=classes)
     assert "1 of 3 annotations have a category that training does not: dog (id 3)" in message
+
+
+@pytest.mark.parametrize("classes", [{3: "puppy"}, {3: "puppy", 44: "kitten", 5: "bird"}, {0: "a", 1: "b"}])
+def test_renamed_categories_with_other_ids_are_an_error(folder: Folder, classes: dict[int, str]) -> None:
+    assert "3 of 3 annotations have a category that training does not" in folder.failure(classes=classes)
+
+
+def test_a_name_in_another_numbering_never_gives_its_id_to_another_class(folder: Folder) -> None:
+    """Shifted ids and a new class: by id, a dog would be a cat's label."""
+    folder.content["categories"] = [
+        {"id": 44, "name": "cat "},
+        {"id": 3, "name": "Dog"},
+        {"id": 5, "name": "horse"},
+    ]
+    index, _ = folder.read(classes={3: "cat", 5: "dog"})
+    assert index.labels.tolist() == [0, 1, 0]
+    folder.content["annotations"][1]["category_id"] = 5
+    assert "1 of 3 annotations have a category that training does not: horse (id 5)" in folder.failure(
+        classes={3: "cat", 5: "dog"}
+    )
+
+
+def test_names_that_differ_in_case_alone_are_told_apart_by_a_file_with_both(folder: Folder) -> None:
+    folder.content["categories"] = [{"id": 44, "name": "Cat"}, {"id": 3, "name": "cat"}]
+    assert folder.index(classes={44: "cat", 3: "Cat"}).labels.tolist() == [1, 0, 1]
+    assert "cat (id 3)" in folder.failure(classes={7: "Cat"})
+
+
+def test_renamed_categories_are_matched_by_id_beside_a_grouping(folder: Folder) -> None:
+    for record in folder.content["categories"]:
+        record["supercategory"] = "animals"
+    folder.content["categories"].insert(0, {"id": 0, "name": "animals", "supercategory": "none"})
+    assert folder.index(classes={3: "puppy", 44: "kitten"}).labels.tolist() == [1, 0, 1]
 
 
 def test_a_grouping_that_no_annotation_uses_is_no_class(folder: Folder) -> None:

@@ -3,6 +3,8 @@
 import io
 import struct
 import unicodedata
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -125,12 +127,12 @@ def test_damaged_exif_data_turns_nothing(tmp_path: Path, damage: bytes) -> None:
     assert read_image(path).shape == (3, HEIGHT, WIDTH)
 
 
-def tiff(samples: bytes, bits: tuple[int, ...], sample_format: int) -> bytes:
+def tiff(samples: bytes, bits: tuple[int, ...], sample_format: int, compression: int = 1) -> bytes:
     """A TIFF of one strip with HEIGHT × WIDTH pixels, little-endian."""
     entries = [
         (256, 3, 1, WIDTH),
         (257, 3, 1, HEIGHT),
-        (259, 3, 1, 1),
+        (259, 3, 1, compression),
         (262, 3, 1, 2 if len(bits) > 1 else 1),
     ]
     count = 9
@@ -219,6 +221,54 @@ def test_colors_of_16_bits_are_read_or_refused(tmp_path: Path) -> None:
     assert "do not exceed 4095" in problem(path)
     with pytest.raises(InputError, match="do not exceed 4095"):
         read_image(path)
+
+
+def png_of_16_bits(colors: np.ndarray) -> bytes:
+    """A PNG of colors (H, W, 3), or with alpha (H, W, 4), which PIL reads but does not write."""
+    height, width, channels = colors.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colors)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
+    )
+
+
+def tiff_of_16_bits(colors: np.ndarray) -> bytes:
+    return tiff(colors.astype("<u2").tobytes(), (16, 16, 16), 1)
+
+
+def compressed_tiff_of_16_bits(colors: np.ndarray) -> bytes:
+    return tiff(zlib.compress(colors.astype("<u2").tobytes()), (16, 16, 16), 1, compression=8)
+
+
+@pytest.mark.parametrize(
+    ("encode", "channels"),
+    [(png_of_16_bits, 3), (png_of_16_bits, 4), (tiff_of_16_bits, 3), (compressed_tiff_of_16_bits, 3)],
+)
+def test_black_colors_of_16_bits_are_black_and_values_below_256_are_refused(
+    tmp_path: Path, encode: Callable[[np.ndarray], bytes], channels: int
+) -> None:
+    """Of both, the upper 8 bits are 0."""
+    path = tmp_path / "a.img"
+    colors = np.zeros((HEIGHT, WIDTH, channels), dtype=np.uint16)
+    colors[..., 3:] = 65535
+    path.write_bytes(encode(colors))
+    assert not read_image(path).any()
+    assert check_images([path], [(HEIGHT, WIDTH)]) == [None]
+    colors[5, 7, 1] = 200
+    path.write_bytes(encode(colors))
+    assert "do not exceed 4095" in problem(path)
+    with pytest.raises(InputError, match="do not exceed 4095"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_called_so(tmp_path: Path, value: float) -> None:
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.where(RAMP > 0.5, np.float32(value), np.float32(1))).save(path)
+    assert "some of them NaN or infinite" in problem(path)
 
 
 @pytest.mark.parametrize("bits", [(64,), (32, 32, 32)])

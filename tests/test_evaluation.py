@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import shutil
 import unicodedata
 from dataclasses import replace
@@ -132,14 +133,15 @@ def test_filled_boxes_as_masks_have_full_box_ap_but_low_mask_ap(shapes):
     assert metrics["segm"]["AP"] < 60
 
 
-def test_the_size_class_of_a_mask_is_that_of_its_own_area():
+@pytest.mark.parametrize("area", [200, math.nan])
+def test_the_size_class_of_a_mask_is_that_of_its_own_area(area):
     """A misplaced thin diagonal is a small false positive, although its box is large."""
     true, false = np.eye(200), np.eye(200)[:, ::-1]
     index = build_index(
         Path("images"),
         Path("val.json"),
         [IndexedImage(1, "1.png", (200, 200))],
-        [IndexedObject(0, (0, 0, 200, 200), 0, 1, False, 200, compressed(true)["counts"].encode())],
+        [IndexedObject(0, (0, 0, 200, 200), 0, 1, False, area, compressed(true)["counts"].encode())],
         class_names=["line"],
         category_ids=[1],
         problems=[],
@@ -243,6 +245,24 @@ def with_a_crowd_without_a_box(content: dict[str, Any]) -> None:
     crowd = {**content["annotations"][0], "id": 999, "iscrowd": 1}
     del crowd["bbox"]
     content["annotations"].insert(0, crowd)
+
+
+def test_detections_in_a_crowd_without_a_box_are_ignored(shapes, tmp_path):
+    found = truth_as_results(shapes)
+    mask = np.zeros(found[0]["segmentation"]["size"])
+    mask[:3, :4] = 1
+    inside = {**found[0], "bbox": [0, 0, 4, 3], "segmentation": compressed(mask), "score": 1.0}
+
+    def add_crowd(content: dict[str, Any]) -> None:
+        crowd = {**content["annotations"][0], "id": 999, "iscrowd": 1, "segmentation": compressed(mask)}
+        del crowd["bbox"], crowd["area"]
+        content["annotations"].append(crowd)
+
+    metrics = coco_evaluation(truth(shapes), [*found, inside]).metrics
+    assert metrics["segm"]["AP"] < 100
+    assert metrics["bbox"]["AP"] < 100
+    index = truth(edited(shapes, tmp_path / "data", "val", add_crowd))
+    assert coco_evaluation(index, [*found, inside]).metrics == {"segm": FULL, "bbox": FULL}
 
 
 def with_a_box_outside(content: dict[str, Any]) -> None:

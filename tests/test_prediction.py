@@ -17,6 +17,7 @@ from pycocotools import mask as mask_utils
 from boxteacher.cli import main
 from boxteacher.engine import fonts
 from boxteacher.engine.drawing import draw_detections, picture_grid
+from boxteacher.engine.predict import predict
 from tests.engine_support import error_of
 
 
@@ -92,17 +93,48 @@ def test_a_folder_stands_for_the_images_in_it(run, tmp_path):
     assert {each.name for each in (tmp_path / "out").iterdir()} == {"0.png", "a.png", "b.png", "results.json"}
 
 
-def test_a_folder_without_images_and_a_name_twice_are_errors(run, tmp_path, capsys):
+@pytest.mark.parametrize("kind", [str, Path])
+@pytest.mark.parametrize("name", ["photographs", "photographs/b.png"])
+def test_one_path_is_enough(run, tmp_path, kind, name):
+    (tmp_path / "photographs").mkdir()
+    save_noise(tmp_path / "photographs" / "b.png")
+    file = predict(run / "last.pt", kind(tmp_path / name), tmp_path / "out", device="cpu")
+    assert {each.name for each in file.parent.iterdir()} == {"b.png", "results.json"}
+
+
+def test_the_white_that_a_deep_image_leaves_open_is_said(run, tmp_path, caplog):
+    ramp = np.tile(np.linspace(0, 1, 40), (24, 1))
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for name, white in (("a.png", 4095), ("b.png", 4000), ("c.png", 255), ("d.png", 65535)):
+        Image.fromarray(np.uint16(ramp * white)).save(folder / name)
+    save_noise(folder / "e.png")
+    predict(run / "last.pt", folder, tmp_path / "out", device="cpu")
+    of_4095, of_255 = (each for each in caplog.messages if "taken as white" in each)
+    assert of_4095.startswith(f"{folder / 'a.png'}: no value in this file of 16 bits per sample exceeds 4095")
+    assert of_4095.endswith("(1 more like this)")
+    assert of_255.startswith(f"{folder / 'c.png'}: no value in this file of 16 bits per sample exceeds 255")
+    assert not of_255.endswith("like this)")
+
+
+def test_a_folder_without_images_is_an_error(run, tmp_path, capsys):
     (tmp_path / "photographs" / "below").mkdir(parents=True)
     save_noise(tmp_path / "photographs" / "below" / "a.png")
     arguments = ["predict", str(run / "last.pt"), "--output", str(tmp_path / "out")]
     error = error_of([*arguments, str(tmp_path / "photographs")], capsys)
     assert f"{tmp_path / 'photographs'}: no image directly in this folder" in error
-    save_noise(tmp_path / "photographs" / "below" / "a.jpg")
-    error = error_of([*arguments, str(tmp_path / "photographs" / "below")], capsys)
-    assert "a.jpg" in error
-    assert "a.png" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_of_images_that_differ_in_the_suffix_alone_have_it_in_their_names(run, tmp_path):
+    names = ["a.jpg", "a.jpg.png", "a.png", "b.png"]
+    (tmp_path / "photographs").mkdir()
+    for name in names:
+        save_noise(tmp_path / "photographs" / name)
+    arguments = ["predict", str(run / "last.pt"), str(tmp_path / "photographs")]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    expected = {f"{name}.png" for name in names} | {"results.json"}
+    assert {each.name for each in (tmp_path / "out").iterdir()} == expected
 
 
 def test_prediction_turns_images_upright(checkpoint_with_detections, tmp_path):

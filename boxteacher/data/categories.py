@@ -1,5 +1,6 @@
 """Which label each category of an annotation file has."""
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -47,7 +48,11 @@ def choose_classes(categories: Categories) -> tuple[dict[int, str], list[Problem
 
 
 def match_classes(categories: Categories, classes: Mapping[int, str]) -> tuple[dict[int, int], list[Problem]]:
-    """Label of each category id that a model knows: by name, or by id where the file has another name for it.
+    """Label of each category id that a model knows, by name.
+
+    Names that differ in case or spaces alone are the same, unless the file or the model tells them apart. If
+    no name is the model's, but the ids are, the categories are taken as renamed and matched by id. Never are
+    some matched by id beside others by name: in another numbering the ids mean other classes.
 
     Args:
         categories: categories of the file.
@@ -58,29 +63,46 @@ def match_classes(categories: Categories, classes: Mapping[int, str]) -> tuple[d
         the model's: an error if the model lacks one, else warnings.
     """
     category_ids, class_names = list(classes), list(classes.values())
-    label_of = _match(categories.names, category_ids, class_names)
-    return label_of, list(_differences(categories, label_of, category_ids, class_names))
+    label_of = _match_names(categories.names, classes)
+    by_name = bool(label_of)
+    if not by_name and choose_classes(categories)[0].keys() == classes.keys():
+        label_of = {each: label for label, each in enumerate(category_ids)}
+    return label_of, list(_differences(categories, label_of, category_ids, class_names, by_name))
 
 
-def _match(names: Mapping[int, str], category_ids: list[int], class_names: list[str]) -> dict[int, int]:
-    ids_of: dict[str, list[int]] = {}
-    for each, name in names.items():
-        ids_of.setdefault(name, []).append(each)
-    times = Counter(class_names)
-    label_of = {}
-    for label, (category_id, name) in enumerate(zip(category_ids, class_names, strict=True)):
-        same_name = ids_of.get(name, [])
-        if category_id in same_name:
-            label_of[category_id] = label
-        elif len(same_name) == times[name] == 1:
-            label_of[same_name[0]] = label
-        elif category_id in names and names[category_id] not in times:
-            label_of[category_id] = label
+def _match_names(names: Mapping[int, str], classes: Mapping[int, str]) -> dict[int, int]:
+    label_of: dict[int, int] = {}
+    for spelling in (str, _normalized):
+        ids_of: dict[str, list[int]] = {}
+        for each, name in names.items():
+            if each not in label_of:
+                ids_of.setdefault(spelling(name), []).append(each)
+        matched = set(label_of.values())
+        open_classes = [
+            (label, category_id, spelling(name))
+            for label, (category_id, name) in enumerate(classes.items())
+            if label not in matched
+        ]
+        times = Counter(name for _, _, name in open_classes)
+        for label, category_id, name in open_classes:
+            same_name = ids_of.get(name, [])
+            if category_id in same_name:
+                label_of[category_id] = label
+            elif len(same_name) == times[name] == 1:
+                label_of[same_name[0]] = label
     return label_of
 
 
+def _normalized(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", name).casefold().split())
+
+
 def _differences(
-    categories: Categories, label_of: dict[int, int], category_ids: list[int], class_names: list[str]
+    categories: Categories,
+    label_of: dict[int, int],
+    category_ids: list[int],
+    class_names: list[str],
+    by_name: bool,
 ) -> Iterator[Problem]:
     names, objects = categories.names, categories.objects
 
@@ -89,7 +111,7 @@ def _differences(
 
     used = {each: label for each, label in label_of.items() if objects[each]}
     renumbered = {each: label for each, label in used.items() if each != category_ids[label]}
-    renamed = {each: label for each, label in used.items() if names[each] != class_names[label]}
+    renamed = {} if by_name else used
     unknown = [each for each in names if each not in label_of and objects[each]]
     if renumbered:
         pairs = [f"{names[each]} is {each}, not {category_ids[label]}" for each, label in renumbered.items()]

@@ -4,7 +4,7 @@ import os
 import struct
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -48,8 +48,8 @@ def stored_name(folder: Path, name: str) -> str:
     return next((form for form in forms if os.path.exists(folder / form)), name)
 
 
-def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """The paths, each folder replaced by the images directly in it in the order of their names.
+def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
+    """The path or paths, each folder replaced by the images directly in it in the order of their names.
 
     Hidden files are left out.
 
@@ -57,7 +57,7 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
         InputError: a folder has no image.
     """
     found: list[Path] = []
-    for path in map(Path, paths):
+    for path in map(Path, [paths] if isinstance(paths, str | os.PathLike) else paths):
         if not path.is_dir():
             found.append(path.parent / stored_name(path.parent, path.name))
             continue
@@ -90,6 +90,13 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     Raises:
         InputError: the file cannot be read as an image, or is of another size.
     """
+    return read_and_check_image(path, size)[0]
+
+
+def read_and_check_image(
+    path: str | Path, size: tuple[int, int] | None = None
+) -> tuple[Tensor, Problem | None]:
+    """The image of `read_image`, and a warning if its largest value told which one is white."""
     path = Path(path)
     try:
         with Image.open(path) as image:
@@ -100,12 +107,12 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
             stored, upright = _views(image, orientation)
             if size not in (None, stored, upright):
                 raise InputError(str(_other_size(path, upright, size)))
-            white, _ = white_value(image, bits)
+            white, told_by_maximum = white_value(image, bits)
             turned = orientation == 1 or isinstance(image, TiffImageFile)  # which PIL turns itself
             view = image if turned else ImageOps.exif_transpose(image)
             if size not in (None, upright):
                 view = view.transpose(_TO_STORED[orientation])
-            return to_rgb(view, white)
+            return to_rgb(view, white), _guessed_white(path, bits, white) if told_by_maximum else None
     except InputError:
         raise
     except _DAMAGE as error:
@@ -150,9 +157,13 @@ def _check_image(path: Path, size: tuple[int, int]) -> Problem | None:
         remedy = "remove that from the file if its boxes were drawn on the pixels as stored"
         return Problem(path, "", what, remedy, "warning")
     if told_by_maximum:
-        what = f"no value in this file of {bits} bits per sample exceeds {white}, which is taken as white"
-        return Problem(path, "", what, f"save images of 8 bits if {white} is not white", "warning")
+        return _guessed_white(path, bits, white)
     return None
+
+
+def _guessed_white(path: Path, bits: int, white: int) -> Problem:
+    what = f"no value in this file of {bits} bits per sample exceeds {white}, which is taken as white"
+    return Problem(path, "", what, f"save images of 8 bits if {white} is not white", "warning")
 
 
 def _views(image: Image.Image, orientation: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -191,9 +202,9 @@ def _has_end(path: Path, kind: str | None) -> bool:
 
 def _unreadable(path: Path, error: BaseException) -> Problem:
     if isinstance(error, FileNotFoundError):
-        return Problem(path, "", "no such image", "check its path, or remove its record")
+        return Problem(path, "", "no such image", "check its path, or leave it out")
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     if isinstance(error, UnknownWhiteError):
         return Problem(path, "", reason, "scale its values to 0…255 and save 8 bits per sample")
     what = f"cannot be read as an image ({reason})"
-    return Problem(path, "", what, "replace it by an 8-bit PNG or JPEG, or remove its record")
+    return Problem(path, "", what, "replace it by an 8-bit PNG or JPEG, or leave it out")

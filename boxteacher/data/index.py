@@ -1,5 +1,6 @@
 """A data set in memory, the same for every annotation format."""
 
+import math
 import reprlib
 from array import array
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from boxteacher.data.masks import mask_area
 from boxteacher.data.problems import Problem
 
 _MANY_CROWDS = 0.1  # share of the objects; COCO has 1.3 %
@@ -34,7 +36,7 @@ class DataIndex:
         labels: (M,) int64 in 0 … C−1.
         annotation_ids: (M,) int64.
         crowd: (M,) bool, groups of objects, which training leaves out and evaluation ignores.
-        area: (M,) float64 in pixels, as annotated, or else of the box.
+        area: (M,) float64 in pixels, as annotated, or else of the mask, or else of the box.
         masks: counts of a compressed RLE (see `encode_mask`) of each object, None for an object without mask;
             None if masks were not read, or only crowds have one.
         mask_confidence: (M,) float32 in [0, 1], how far each mask is to be trusted; None if all are
@@ -122,7 +124,9 @@ def build_index(
     objects = sorted(found_objects, key=lambda each: each.image)  # stable: within an image as in the file
     owners = [each.image for each in objects]
     boxes = np.array([tuple(each.box) for each in objects], dtype=np.float32).reshape(-1, 4)  # (M, 4)
-    area = np.array([each.area for each in objects], dtype=np.float64)  # (M,)
+    area = np.array(
+        [_area(each, *found_images[each.image].size) for each in objects], dtype=np.float64
+    )  # (M,)
     has_masks = any(each.mask is not None and not each.crowd for each in objects)
     index = DataIndex(
         images=images,
@@ -137,12 +141,22 @@ def build_index(
         labels=np.array([each.label for each in objects], dtype=np.int64),
         annotation_ids=np.array([each.annotation_id for each in objects], dtype=np.int64),
         crowd=np.array([each.crowd for each in objects], dtype=np.bool_),
-        area=np.where(np.isnan(area), (boxes[:, 2:] - boxes[:, :2]).prod(1), area),
+        area=area,
         masks=[each.mask for each in objects] if has_masks else None,
     )
     if not any(problem.severity == "error" for problem in problems):
         problems += _shortages(index)
     return index
+
+
+def _area(found: IndexedObject, height: int, width: int) -> float:
+    """Area in pixels: as annotated, or else of the mask, which COCO's is, or else of the box."""
+    if not math.isnan(found.area):
+        return found.area
+    if found.mask is not None:
+        return mask_area(found.mask, height, width)
+    x0, y0, x1, y1 = found.box
+    return (x1 - x0) * (y1 - y0)
 
 
 def _shortages(index: DataIndex) -> Iterator[Problem]:

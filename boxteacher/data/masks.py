@@ -40,6 +40,12 @@ def mask_area(counts: bytes, height: int, width: int) -> int:
     return int(mask_util.area({"size": [height, width], "counts": counts}))
 
 
+def mask_box(counts: bytes, height: int, width: int) -> list[float]:
+    """Box x, y, width, height around the pixels of a mask, given as counts of `encode_mask`."""
+    box: list[float] = mask_util.toBbox({"size": [height, width], "counts": counts}).tolist()
+    return box
+
+
 def decode_masks(counts: Sequence[bytes], height: int, width: int) -> Tensor:
     """Decodes N counts of `encode_mask` to masks, bool (N, height, width)."""
     if not counts:

@@ -1,7 +1,7 @@
 """Problems of a data set: errors, which are raised, and warnings, which are logged."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,20 +43,23 @@ class RecordError(Exception):
         self.problem = problem
 
 
-def raise_first_error(problems: Iterable[Problem]) -> None:
+def log_warnings(problems: Iterable[Problem]) -> None:
+    """Logs the warnings among the problems, one line per kind."""
+    kinds: dict[str, list[Problem]] = {}
+    for problem in problems:
+        if problem.severity == "warning":
+            kinds.setdefault(problem.remedy, []).append(problem)
+    for first, *others in kinds.values():
+        logger.warning("%s%s", first, f" ({len(others)} more like this)" if others else "")
+
+
+def raise_first_error(problems: Sequence[Problem]) -> None:
     """Logs warnings, one line per kind, and raises the first error if there is one.
 
     Raises:
         InputError: the first error, with the number of errors if there are more.
     """
-    kinds: dict[str, list[Problem]] = {}
-    errors = []
-    for problem in problems:
-        if problem.severity == "error":
-            errors.append(problem)
-        else:
-            kinds.setdefault(problem.remedy, []).append(problem)
-    for first, *others in kinds.values():
-        logger.warning("%s%s", first, f" ({len(others)} more like this)" if others else "")
+    log_warnings(problems)
+    errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         raise InputError(f"{errors[0]}{f' (first of {len(errors)} errors)' if errors[1:] else ''}")

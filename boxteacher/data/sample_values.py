@@ -1,8 +1,12 @@
 """The values that an image file stores, mapped to [0, 1]."""
 
+import sys
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
+from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
@@ -46,6 +50,10 @@ def white_value(image: Image.Image, bits: int) -> tuple[int, bool]:
     values = np.asarray(image)  # (H, W)
     low, high = float(values.min()), float(values.max())
     fitting = [each for each in _WHITE_VALUES if high <= each and (each > 1 or image.mode == "F")]
+    if not np.isfinite([low, high]).all():
+        raise UnknownWhiteError(
+            "its values, some of them NaN or infinite, do not tell which of them is white"
+        )
     if not (low >= 0 and fitting) or 0 < high < fitting[0] * _BLACK_TO_THE_EYE:
         raise UnknownWhiteError(f"its values, {low:g} to {high:g}, do not tell which of them is white")
     return fitting[0], fitting[0] in (255, 4095)
@@ -67,7 +75,34 @@ def _is_deep_gray(image: Image.Image) -> bool:
 
 def _check_upper_bits(image: Image.Image, bits: int) -> None:
     """Raises UnknownWhiteError if the upper 8 of 16 bits per color, all that PIL reads, hold no picture."""
-    if bits == 16 and np.asarray(image.convert("RGB")).max() < 256 * _BLACK_TO_THE_EYE:
+    if bits != 16:
+        return
+    brightest = np.asarray(image.convert("RGB")).max()
+    if brightest < 256 * _BLACK_TO_THE_EYE and (brightest > 0 or not _lower_bits_are_0(image)):
         raise UnknownWhiteError(
             "its colors of 16 bits do not exceed 4095, and only their upper 8 bits are read"
         )
+
+
+def _lower_bits_are_0(image: Image.Image) -> bool:
+    """Whether the lower 8 of 16 bits per color are 0 in the whole file; False if PIL cannot read them."""
+    if not isinstance(image, ImageFile):
+        return False
+    with Image.open(image.filename) as swapped:
+        try:
+            swapped.tile = [_in_the_other_byte_order(tile) for tile in swapped.tile]
+            return not np.asarray(swapped.convert("RGB")).any()
+        except ValueError:  # gray with alpha is read in one byte order alone
+            return False
+
+
+def _in_the_other_byte_order(tile: Any) -> Any:
+    *place, arguments = tile
+    mode, *others = (arguments,) if isinstance(arguments, str) else arguments
+    native = "L" if sys.byteorder == "little" else "B"  # of compressed TIFF
+    order = mode[-1].replace("N", native)
+    if order not in ("B", "L"):
+        raise ValueError(f"samples of {mode} have no byte order")
+    mode = mode[:-1] + ("L" if order == "B" else "B")
+    make = getattr(type(tile), "_make", tuple)  # a tuple without names before PIL 11
+    return make((*place, (mode, *others)))

@@ -92,7 +92,7 @@ def evaluate_segmenter(
         data: folder of the data set.
         image_size: longest side of the images in pixels.
         class_names: names of labels 0 … C−1, by which the data's categories are matched to them.
-        category_ids: COCO category id of each label, for categories that have another name in the data.
+        category_ids: COCO category id of each label, for data whose categories all have other names.
         shortest_side: shortest side of the images in pixels (see `evaluation_transform`).
         refinement: "color" to fit masks to the colors of the stored images (see `boxteacher.refinement`).
         workers: number of processes that load images.

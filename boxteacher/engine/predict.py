@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from boxteacher.data import evaluation_transform
-from boxteacher.data.images import find_images, read_image
+from boxteacher.data.images import find_images, read_and_check_image, read_image
 from boxteacher.data.masks import decode_masks
+from boxteacher.data.problems import log_warnings
 from boxteacher.engine.checkpoint import SegmenterInfo, load_checkpoint
 from boxteacher.engine.devices import pick_device
 from boxteacher.engine.drawing import draw_detections, write_picture
@@ -25,7 +26,7 @@ from boxteacher.protocol import Detections
 
 def predict(
     checkpoint: str | Path,
-    images: Sequence[str | Path],
+    images: str | Path | Iterable[str | Path],
     output: str | Path,
     *,
     score_threshold: float = 0.6,
@@ -35,15 +36,16 @@ def predict(
 ) -> Path:
     """Writes images overlaid with their masks to `output/NAME.png`, and `output/results.json`.
 
+    NAME is an image's without its suffix, or with it for all images if two differ in the suffix alone.
     `results.json` holds COCO results, whose `image_id` counts the images from 0 and whose `file_name` is the
     image's path. Masks and boxes are those of the upright view (see `read_image`).
 
     Args:
         checkpoint: checkpoint that `train` wrote.
-        images: image files, and folders that stand for the images in them (see `find_images`); the files'
-            names must differ.
+        images: image file or files, and folders that stand for the images in them (see `find_images`), no two
+            of the same name.
         output: folder to write to, created if missing.
-        score_threshold: minimum score of the detections that are shown and written.
+        score_threshold: minimum score, in [0, 1], of the detections that are shown and written.
         refinement: "color" or "none"; what the run was made with if not given.
         device: name of the device (see `pick_device`).
         max_detections: maximum number of detections per image; the checkpoint's if not given.
@@ -52,21 +54,13 @@ def predict(
         Path of `results.json`.
 
     Raises:
-        InputError: the checkpoint or an image cannot be used; nothing is written.
+        InputError: the checkpoint, an image or the threshold cannot be used; nothing is written.
     """
+    if not 0 <= score_threshold <= 1:
+        raise InputError(f"score_threshold={score_threshold} is not in 0…1, where scores are; change it")
     paths, output = find_images(images), Path(output)
-    names = [path.stem for path in paths]
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
-    if twice is not None:
-        first, second, *_ = (path for path in paths if path.stem == twice)
-        raise InputError(
-            f"{first} and {second} would both be drawn to {twice}.png: use two calls with two --output"
-        )
-    pictures = [output / f"{name}.png" for name in names]
-    for path, picture in zip(paths, pictures, strict=True):
-        if picture.resolve() == path.resolve():
-            raise InputError(f"{path}: its picture would overwrite it: give another --output")
-        read_image(path)
+    pictures = [output / f"{name}.png" for name in _picture_names(paths)]
+    _check_images(paths, pictures)
     segmenter, info = load_checkpoint(checkpoint)
     refinement = refinement or info.refinement
     if max_detections is not None:
@@ -88,6 +82,30 @@ def predict(
     file = output / "results.json"
     write_atomically(file, lambda temporary: temporary.write_text(json.dumps(results) + "\n"))
     return file
+
+
+def _picture_names(paths: list[Path]) -> list[str]:
+    """Names of the images without their suffixes, or all with them if two would be the same."""
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(names):
+        names = [path.name for path in paths]
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        first, second, *_ = (path for path in paths if path.name == twice)
+        raise InputError(
+            f"{first} and {second} have one name, as would their pictures: use two calls with two --output"
+        )
+    return names
+
+
+def _check_images(paths: list[Path], pictures: list[Path]) -> None:
+    """Raises InputError if an image cannot be read or would be overwritten, and logs guesses of white."""
+    warnings = []
+    for path, picture in zip(paths, pictures, strict=True):
+        if picture.resolve() == path.resolve():
+            raise InputError(f"{path}: its picture would overwrite it: give another --output")
+        warnings.append(read_and_check_image(path)[1])
+    log_warnings(filter(None, warnings))
 
 
 @torch.inference_mode()

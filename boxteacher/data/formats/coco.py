@@ -6,7 +6,6 @@ import reprlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,13 +13,14 @@ from typing import Any, TypeVar
 from boxteacher.data.categories import Categories, choose_classes, match_classes
 from boxteacher.data.images import check_images, stored_name
 from boxteacher.data.index import DataIndex, IndexedImage, IndexedObject, build_index, clip_box
-from boxteacher.data.masks import encode_mask, mask_area
+from boxteacher.data.masks import encode_mask, mask_area, mask_box
 from boxteacher.data.problems import Problem, RecordError, Severity
 from boxteacher.data.units import BoxUnits
 
 T = TypeVar("T")
 
 _GROUPS = ("categories", "images", "annotations")
+_KINDS: dict[type, str] = {int: "a 64-bit integer", str: "a string", list: "a list"}
 
 
 def read_coco(
@@ -66,21 +66,16 @@ def read_coco(
         image_id = record.reference("image_id", "images", file.ids["images"])
         label = label_of.get(record.reference("category_id", "categories", file.ids["categories"]))
         crowd = record.is_crowd()
-        try:
-            x, y, width, height = record.bbox()
-        except RecordError as error:
-            if not crowd:
-                raise
-            # Training leaves crowds out, so none of them stops it.
-            raise RecordError(replace(error.problem, severity="warning")) from error
+        bbox = [] if crowd else record.bbox()
         if image_id not in position_of or label is None:
             return None
         position = position_of[image_id]
         size = found_images[position].size
+        x, y, width, height = record.crowd_bbox(*size) if crowd else bbox
         units.add((x, y, width, height), *size)
         box = clip_box((x, y, x + width, y + height), *size)
         if box is None:
-            what = f"bbox {record.content['bbox']} has no area inside its image and is left out"
+            what = f"bbox {[x, y, width, height]} has no area inside its image and is left out"
             raise record.error(what, "correct it or remove the annotation", "warning")
         mask = None
         if read_masks:
@@ -173,9 +168,7 @@ class _Record:
         fits = isinstance(value, kind) and not isinstance(value, bool)
         if not fits or (isinstance(value, int) and not -(2**63) <= value < 2**63):
             found = reprlib.repr(value) if key in self.content else "missing"
-            raise self.error(
-                f"{key!r} is {found}, but COCO has a {kind.__name__} there", "correct the record"
-            )
+            raise self.error(f"{key!r} is {found}, but COCO has {_KINDS[kind]} there", "correct the record")
         return value  # type: ignore[return-value]
 
     def reference(self, key: str, group: str, known: Collection[int]) -> int:
@@ -194,6 +187,18 @@ class _Record:
         if not all(map(_is_finite, box)):
             raise self.error(f"bbox {box} has a coordinate that is NaN or infinite", "correct or remove it")
         return box
+
+    def crowd_bbox(self, height: int, width: int) -> list[float]:
+        """x, y, width, height; those of the segmentation if there is no valid bbox."""
+        try:
+            return self.bbox()
+        except RecordError as error:
+            try:
+                return mask_box(encode_mask(self.content.get("segmentation"), height, width), height, width)
+            except ValueError:
+                # Training leaves crowds out, so none of them stops it.
+                what = f"{error.problem.what}: a crowd with neither a valid box nor a valid mask is left out"
+                raise self.error(what, "correct it or remove the annotation", "warning") from error
 
     def is_crowd(self) -> bool:
         value = self.content.get("iscrowd")
