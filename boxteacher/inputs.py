@@ -14,7 +14,13 @@ from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, TVTensor
 
 from boxteacher.errors import InputError
 from boxteacher.protocol import Target
-from boxteacher.value_checks import ValueChecks, check_boxes, check_image_ranges, check_unit_ranges
+from boxteacher.value_checks import (
+    ValueChecks,
+    check_box_units,
+    check_boxes,
+    check_image_ranges,
+    check_unit_ranges,
+)
 
 _CONVERTIBLE = (BoundingBoxFormat.XYXY, BoundingBoxFormat.XYWH, BoundingBoxFormat.CXCYWH)
 
@@ -102,7 +108,11 @@ def cast_batch(
         raise InputError(f"{len(tensors)} images came with {len(targets)} targets: give one target per image")
     names = [_name(i, target) for i, target in enumerate(targets)]
     found = [_target(*each) for each in zip(names, targets, tensors, strict=True)]
-    check_boxes(names, [target["boxes"] for target in found], [image.shape[-2:] for image in tensors], checks)
+    boxes, sizes = [target["boxes"] for target in found], [image.shape[-2:] for image in tensors]
+    check_boxes(names, boxes, sizes, checks)
+    # Only targets of a data set have annotation ids, and its reader has looked at all boxes of its file.
+    if not all("annotation_ids" in target for target in found):
+        check_box_units(names, boxes, sizes, checks)
     for key in ("masks", "mask_confidence"):
         given = {name: target[key] for name, target in zip(names, found, strict=True) if key in target}
         soft = {name: each for name, each in given.items() if each.is_floating_point() and each.numel()}

@@ -184,10 +184,6 @@ BAD_BOXES = {
     "beyond the right edge": ([[700, 2, 800, 40]], r"box 0, \[700, .*640 wide and 480 high, lies outside it"),
     "beyond the bottom": ([[1, 2, 3, 4], [1, 480, 9, 500]], r"box 1, .* lies outside it: give pixels"),
     "left of the image": ([[-9, 2, 0, 40]], r"box 0, \[-9, 2, 0, 40\] .* lies outside it"),
-    "parts of the size": (
-        [[0.1, 0.2, 0.5, 0.9], [0, 0, 1, 1]],
-        r"box 0, .* not reach beyond 1: give pixels, not parts",
-    ),
     "NaN": ([[1, 2, float("nan"), 4]], r"box 0, \[1, 2, nan, 4\].* NaN or infinite"),
 }
 
@@ -201,6 +197,31 @@ def test_a_box_that_cannot_be_meant_is_named_with_image_and_remedy(wrapper: Any,
     with pytest.raises(InputError, match=rf"^target 1 \(b\.jpg\): {message}") as caught:
         wrapper(ScriptedSegmenter()).train()(images, [target(), named])
     assert "\n" not in str(caught.value)
+
+
+def test_a_batch_of_boxes_that_are_shares_of_their_images_is_refused():
+    boxes = [[0.1, 0.2, 0.5, 0.9], [0, 0, 1, 1]]
+    with pytest.raises(InputError, match=r"^target 0: box 0, .* not reach beyond 1: give pixels, not parts"):
+        batch([IMAGE, IMAGE], [target(*boxes), target(boxes[0])])
+
+
+TINY = target((0, 0, 0.7875, 0.7875))
+OTHER_TINY = target((0, 0, 0.5, 0.7))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        [TINY],
+        [TINY, target()],
+        [TINY, TINY],  # one image, repeated
+        [target((0, 0, 1, 1)), target((0, 0, 1, 1), (0, 0, 1, 1))],
+        [{**each, "annotation_ids": [7]} for each in (TINY, OTHER_TINY)],  # of a data set
+    ],
+)
+def test_tiny_boxes_in_the_corner_of_an_image_pass(targets: Any):
+    _, found = batch([IMAGE] * len(targets), targets)
+    assert torch.equal(found[0]["boxes"], targets[0]["boxes"])
 
 
 def test_boxes_at_and_over_the_edges_pass():
