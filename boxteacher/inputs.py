@@ -36,14 +36,18 @@ def cast_images(images: Sequence[Any], network: nn.Module, checks: ValueChecks) 
     Raises:
         InputError: `images` is not a list of such images; the message names the one that is not.
     """
+    weights = (parameter for parameter in network.parameters() if parameter.is_floating_point())
+    return cast_images_like(next(weights, torch.zeros(())), images, checks)
+
+
+def cast_images_like(like: Tensor, images: Sequence[Any], checks: ValueChecks) -> list[Tensor]:
+    """Images as `cast_images` returns them, in the type of `like`; arrays and PIL images on its device."""
     if isinstance(images, Tensor):
         raise InputError(f"images is one tensor {tuple(images.shape)}: give a list of (3, H, W)")
     if not isinstance(images, list | tuple):
         raise InputError(f"images is a {type(images).__name__}: give a list of tensors (3, H, W)")
     if not images:
         raise InputError("images is an empty list: give at least one image (3, H, W)")
-    weights = (parameter for parameter in network.parameters() if parameter.is_floating_point())
-    like = next(weights, torch.zeros(()))
     found = [_image(f"image {i}", image, like) for i, image in enumerate(images)]
     check_image_ranges(found, checks)
     return found
