@@ -14,6 +14,7 @@ from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, TVTensor
 
 from boxteacher.errors import InputError
 from boxteacher.protocol import Target
+from boxteacher.validation import check_whole
 from boxteacher.value_checks import (
     ValueChecks,
     check_box_units,
@@ -117,6 +118,9 @@ def cast_batch(
     # Only targets of a data set have annotation ids, and its reader has looked at all boxes of its file.
     if not all("annotation_ids" in target for target in found):
         check_box_units(names, boxes, sizes, checks)
+    regions = [target.get("ignore_boxes", target["boxes"][:0]) for target in found]
+    if any(map(len, regions)):
+        check_boxes(names, regions, sizes, checks, kind="ignore box", may_lie_outside=True)
     for key in ("masks", "mask_confidence"):
         given = {name: target[key] for name, target in zip(names, found, strict=True) if key in target}
         soft = {name: each for name, each in given.items() if each.is_floating_point() and each.numel()}
@@ -142,6 +146,9 @@ def _target(name: str, given: Mapping[str, Any], image: Tensor) -> Target:
     target: dict[str, Any] = {**given, "boxes": _boxes(f"{name}: boxes", given["boxes"], size, device)}
     if "ignore_boxes" in given:
         target["ignore_boxes"] = _boxes(f"{name}: ignore_boxes", given["ignore_boxes"], size, device)
+    if "ignored_bottom_rows" in given:
+        rows = given["ignored_bottom_rows"]
+        check_whole(f"{name}: ignored_bottom_rows", rows, minimum=0, maximum=size[0] - 1)
     count = len(target["boxes"])
     for key, kind, meaning in (
         ("labels", torch.int64, "one label per box"),

@@ -230,6 +230,37 @@ def test_boxes_at_and_over_the_edges_pass():
     assert len(found["boxes"]) == 5
 
 
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ([30, 20, 10, 16], r"ignore box 1, \[30, 20, 10, 16\] .* no width or height: give x0, y0, x1, y1"),
+        ([1, 2, float("nan"), 4], r"ignore box 1, \[1, 2, nan, 4\] .* NaN or infinite"),
+    ],
+)
+def test_an_ignore_box_that_cannot_be_meant_is_named(box: list[float], message: str):
+    regions = [[0, 0, 9, 9], box]
+    with pytest.raises(InputError, match=rf"^target 1: {message}"):
+        batch([IMAGE, IMAGE], [target(), {**target(), "ignore_boxes": regions}])
+
+
+def test_an_ignore_box_may_lie_outside_its_image():
+    _, (found,) = batch([IMAGE], [{**target(), "ignore_boxes": [[-30, 0, -9, 9]]}])
+    assert found["ignore_boxes"].tolist() == [[-30, 0, -9, 9]]
+
+
+@pytest.mark.parametrize("rows", [48, 100, -1, 2.5, True, "10", None])
+def test_ignored_bottom_rows_that_are_not_rows_of_the_image_are_refused(rows: Any):
+    message = r"^target 0: ignored_bottom_rows is .*: give a whole number, at least 0 and at most 47$"
+    with pytest.raises(InputError, match=message):
+        batch([IMAGE], [{**target(), "ignored_bottom_rows": rows}])
+
+
+def test_ignored_bottom_rows_are_any_whole_number():
+    for rows in (0, 47, np.int64(5)):
+        _, (found,) = batch([IMAGE], [{**target(), "ignored_bottom_rows": rows}])
+        assert found["ignored_bottom_rows"] == rows
+
+
 def test_a_target_is_named_by_its_image_id():
     with pytest.raises(InputError, match=r"^target 0 \(image_id 42\): box 0"):
         batch([IMAGE], [{**target((5, 5, 5, 5)), "image_id": 42}])
