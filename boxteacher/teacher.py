@@ -198,8 +198,10 @@ class BoxTeacher(TrainingWrapper):
         Raises:
             InputError: the student was changed after it was wrapped (LoRA, a new head).
         """
-        if self.count_step() and isinstance(self.teacher, EMATeacher):
+        # The step counts only after the update, so that a student that was changed is refused by every call.
+        if isinstance(self.teacher, EMATeacher) and self._counter.has_stepped:
             self.teacher.update(self.student, self.optimizer_steps)
+        self.count_step()
 
     def watch_student(self) -> None:
         """Also checks that an EMA teacher can see the student's weights."""

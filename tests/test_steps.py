@@ -427,9 +427,10 @@ def test_a_student_that_is_changed_after_wrapping_is_named_in_one_line(change: s
     else:
         student.norm, named = nn.Identity(), "norm.weight"
     step(model, sgd(model))
-    with pytest.raises(InputError, match=rf"^the student was changed after.*{named}.*") as caught:
-        total_loss(model)
-    assert "\n" not in str(caught.value)
+    for _ in range(2):
+        with pytest.raises(InputError, match=rf"^the student was changed after.*{named}.*") as caught:
+            total_loss(model)
+        assert "\n" not in str(caught.value)
     assert torch.equal(weights(model.teacher), teacher)
 
 
