@@ -164,8 +164,10 @@ class BoxTeacher(TrainingWrapper):
         output = self.provider.forward_student(self.augmentation(images), targets)
         color_weight = self.warmup(self.warmup_steps)
         pseudo_weight = self.warmup(self.pseudo_warmup_steps)
-        # Several processes must all count annotated masks, or none of them.
-        with_masks = num_processes() > 1 or any("masks" in target for target in targets)
+        # Several processes must all count annotated masks, or none of them. Looking costs nothing on the CPU.
+        may_be_annotated = is_annotated.device.type != "cpu" or bool(is_annotated.any())
+        has_masks = may_be_annotated and any("masks" in target for target in targets)
+        with_masks = num_processes() > 1 or has_masks
         mask_losses = []
         for predictions in self.mask_predictions(output, grid, truth):
             logits, index = predictions.logits, predictions.target_index  # (M, h, w), (M,)
