@@ -333,6 +333,25 @@ def test_telling_a_step_that_was_seen_changes_nothing():
     assert model.optimizer_steps == 1
 
 
+def test_telling_a_step_that_was_counted_counts_another():
+    model = small_teacher()
+    step(model, sgd(model))
+    model.state_dict()
+    model.optimizer_stepped()
+    assert model.optimizer_steps == 2
+
+
+def test_a_count_that_is_written_to_the_buffer_is_read():
+    """As DistributedDataParallel does that wraps a model after its first batch."""
+    model = small_teacher()
+    step(model, sgd(model))
+    model.step_count.fill_(2)
+    assert model.optimizer_steps == 3
+    assert model.warmup(8) == 0.5
+    total_loss(model)
+    assert model.step_count == model.optimizer_steps == 3
+
+
 @pytest.mark.parametrize("wrapper", [BoxTeacher, BoxSupervised])
 def test_losses_without_any_step_are_warned_of_once(wrapper: type[TrainingWrapper], caplog, monkeypatch):
     monkeypatch.setattr("boxteacher.supervision._BATCHES_WITHOUT_STEP", 4)
