@@ -198,7 +198,8 @@ class BoxTeacher(TrainingWrapper):
         """Lets an EMA teacher follow the optimizer step since the last call; forward passes do it.
 
         Raises:
-            InputError: the student was changed after it was wrapped (LoRA, a new head).
+            InputError: the student's weights have other names or shapes than when it was wrapped (LoRA, a
+                head of more classes).
         """
         # The step counts only after the update, so that a student that was changed is refused by every call.
         if isinstance(self.teacher, EMATeacher) and self._counter.has_stepped:

@@ -453,6 +453,18 @@ def test_a_student_that_is_changed_after_wrapping_is_named_in_one_line(change: s
     assert torch.equal(weights(model.teacher), teacher)
 
 
+def test_a_new_layer_of_the_same_shapes_moves_the_average_from_the_old_one():
+    model = small_teacher()
+    step(model, sgd(model))
+    model.synchronize()
+    old = model.teacher.model.logit.weight.detach().clone()
+    model.student.logit = nn.Conv2d(8, 1, 1)
+    step(model, sgd(model))
+    model.synchronize()
+    new = model.student.logit.weight.detach()
+    assert_close(model.teacher.model.logit.weight.detach(), old.lerp(new, 1 / 3))
+
+
 def test_a_student_that_is_replaced_after_wrapping_is_refused_in_one_line():
     model = small_teacher()
     model.student = ScriptedSegmenter()
