@@ -1,5 +1,6 @@
 """Values that cannot be meant, found without making a step wait for its device."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,10 @@ from torch import Tensor
 
 from boxteacher.errors import InputError
 
+logger = logging.getLogger(__name__)
+
+_FAR_BEYOND = 1.5  # of the image's size; crops may leave boxes that end a little beyond
+_warned = False  # of boxes that are hardly pixels
 _RANGE_SLACK = 0.5  # interpolation may leave [0, 1], but not as far as normalization does
 
 
@@ -125,23 +130,38 @@ def check_boxes(
 def check_box_units(
     names: Sequence[str], boxes: Sequence[Tensor], sizes: Sequence[torch.Size], checks: ValueChecks
 ) -> None:
-    """Has InputError raised for a batch whose boxes are shares of their images; arguments as for `check_boxes`.
+    """Has boxes reported that are hardly pixels of their images; arguments as for `check_boxes`.
 
-    One image's boxes may all lie in its first pixel, and so may one box that is repeated; not several boxes
-    of several images.
+    InputError is raised if all boxes lie in the first pixel of their image, as shares of its size do, and are
+    several of several images. Fewer are logged as a warning, and so are batches of which most boxes end far
+    beyond their images; the first such batch only.
     """
     describe, owner = _descriptions(names, boxes, sizes, "box")
 
     def check(values: Tensor) -> None:  # (T, 4)
-        in_first_pixel = bool((values <= 1).all() and (_ends(sizes, owner) > 1).all())
-        are_shares = in_first_pixel and bool((values != values.round()).any())
-        if are_shares and len(owner.unique()) > 1 and len(values.unique(dim=0)) > 1:
-            raise InputError(
-                f"{describe(0, values)} like all others of the batch does not reach beyond 1: give pixels, "
-                "not parts of the image's width and height"
+        ends = _ends(sizes, owner)  # (T, 2)
+        in_first_pixel = bool((values <= 1).all() and (ends > 1).all())
+        if in_first_pixel and (values != values.round()).any():
+            what = f"{describe(0, values)} like all others of the batch does not reach beyond 1"
+            remedy = "give pixels, not parts of the image's width and height"
+            if len(owner.unique()) > 1 and len(values.unique(dim=0)) > 1:
+                raise InputError(f"{what}: {remedy}")
+            _warn_once(f"{what}: if it is not that small, {remedy}")
+        is_beyond = (values[:, 2:] > _FAR_BEYOND * ends).any(1)  # (T,)
+        if 2 * int(is_beyond.sum()) > len(values):
+            _warn_once(
+                f"{describe(int(is_beyond.int().argmax()), values)} ends far beyond it, as most of the batch "
+                "do: give x0, y0, x1, y1 in pixels of the image as it is given, resized and cropped with it"
             )
 
     checks.add(boxes, check)
+
+
+def _warn_once(message: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        logger.warning(message)
 
 
 def _descriptions(

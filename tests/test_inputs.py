@@ -1,5 +1,6 @@
 """Images and targets as users give them: what is cast, what a network receives, and what is refused."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -222,6 +223,30 @@ OTHER_TINY = target((0, 0, 0.5, 0.7))
 def test_tiny_boxes_in_the_corner_of_an_image_pass(targets: Any):
     _, found = batch([IMAGE] * len(targets), targets)
     assert torch.equal(found[0]["boxes"], targets[0]["boxes"])
+
+
+HARDLY_PIXELS = {
+    "x, y, width, height": ([[30, 30, 500, 600]], r"box 0, \[30, 30, 500, 600\] .* ends far beyond it"),
+    "of a larger image": ([[1, 2, 9, 9], [20, 20, 160, 160], [9, 9, 99, 80]], r"box 1, .* ends far beyond"),
+    "shares of one image": ([[0.1, 0.2, 0.5, 0.9], [0, 0, 1, 1]], r"box 0, .* not reach beyond 1: if it"),
+}
+
+
+@pytest.mark.parametrize("fault", HARDLY_PIXELS)
+def test_boxes_that_are_hardly_pixels_of_their_images_are_warned_of_once(fault: str, caplog, monkeypatch):
+    monkeypatch.setattr("boxteacher.value_checks._warned", False)
+    boxes, message = HARDLY_PIXELS[fault]
+    for _ in range(2):
+        batch([IMAGE], [target(*boxes)])
+    (record,) = caplog.records
+    assert re.match(f"target 0: {message}.*give ", record.getMessage())
+
+
+def test_boxes_that_end_beyond_their_images_now_and_then_are_not_warned_of(caplog, monkeypatch):
+    monkeypatch.setattr("boxteacher.value_checks._warned", False)
+    batch([IMAGE], [target((1, 2, 9, 9), (20, 20, 160, 160))])
+    batch([IMAGE], [target((1, 2, 90, 70))])
+    assert not caplog.records
 
 
 def test_boxes_at_and_over_the_edges_pass():
