@@ -25,8 +25,8 @@ def as_provider(model: nn.Module) -> nn.Module:
     """
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise ProtocolError(
-            "torch.compile(model) or model.compile() compiles model(images) alone, which training never calls: give the model "
-            "itself, and compile its parts in place, such as model.backbone.compile()"
+            "torch.compile(model) or model.compile() compiles model(images) alone, which training never "
+            "calls: give the model itself, and compile its parts in place, such as model.backbone.compile()"
         )
     provider = model
     if not (hasattr(model, "forward_teacher") or hasattr(model, "forward_student")):

@@ -47,8 +47,8 @@ def refine_detections(
         Detections in pixels of `images`, with mask probabilities (K, 1, H_i, W_i).
 
     Raises:
-        InputError: the numbers of images and detections differ, detections have no masks, or `images` is not a
-            list of images.
+        InputError: the numbers of images and detections differ, detections have no masks, or `images` is not
+            a list of images.
     """
     if len(images) != len(detections):
         raise InputError(f"{len(images)} images and {len(detections)} detections: give one dict per image")

@@ -86,8 +86,8 @@ class TrainingWrapper(nn.Module):
 
         Steps of every `torch.optim.Optimizer` over the student's own parameters are seen, and calling this as
         well changes nothing directly after the step; after a forward pass, `state_dict()`, `unwrap()` or a
-        copy it counts as another step. An optimizer of another kind is not seen, and neither is one that moves master
-        weights, of which the student's are copies (DeepSpeed, apex O2).
+        copy it counts as another step. An optimizer of another kind is not seen, and neither is one that
+        moves master weights, of which the student's are copies (DeepSpeed, apex O2).
         """
         self._counter.notice()
 
