@@ -133,7 +133,7 @@ def _name(i: int, target: Any) -> str:
     if not isinstance(target, Mapping):
         raise InputError(f"target {i} is a {type(target).__name__}: give a dict with 'boxes' and 'labels'")
     for key in ("boxes", "labels"):
-        if key not in target:
+        if target.get(key) is None:
             raise InputError(f"target {i} has no {key!r}: give 'boxes' (N, 4) and 'labels' (N,)")
     if isinstance(target.get("file_name"), str):
         return f"target {i} ({target['file_name']})"
@@ -199,6 +199,8 @@ def _tensor(name: str, value: Any, device: torch.device) -> Tensor:
     """A plain tensor of a tensor, which stays on its device, an array, or a list of numbers or of such."""
     if isinstance(value, Tensor):
         return value.as_subclass(Tensor) if isinstance(value, TVTensor) else value
+    if value is None:
+        raise InputError(f"{name} is None: give a tensor, an array or a list of numbers, or leave it out")
     try:
         if isinstance(value, list | tuple) and not all(isinstance(each, int | float) for each in value):
             return torch.stack([_tensor(name, each, device) for each in value])
@@ -228,5 +230,6 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], me
         want is None or want == have for want, have in zip(expected, tensor.shape, strict=True)
     )
     if not fits:
-        shape = "(" + ", ".join("any" if size is None else str(size) for size in expected) + ")"
+        sizes = ", ".join("any" if size is None else str(size) for size in expected)
+        shape = f"({sizes},)" if len(expected) == 1 else f"({sizes})"
         raise InputError(f"{name} has shape {tuple(tensor.shape)}: give {meaning}, {shape}")

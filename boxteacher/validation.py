@@ -106,7 +106,7 @@ def check_range(
 
 def check_whole(name: str, value: object, *, minimum: int, maximum: float = math.inf) -> None:
     """Raises InputError unless `value` is a whole number from `minimum` to `maximum`."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or not minimum <= value <= maximum:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not minimum <= int(value) <= maximum:
         upper = f" and at most {maximum}" if maximum < math.inf else ""
         raise InputError(f"{name} is {value!r}: give a whole number, at least {minimum}{upper}")
 

@@ -79,7 +79,8 @@ def check_unit_ranges(what: str, values: Mapping[str, Tensor], checks: ValueChec
     def check(ranges: Tensor) -> None:  # (2 · targets,)
         for name, (low, high) in zip(values, ranges.view(-1, 2).tolist(), strict=True):
             if not 0 <= low <= high <= 1:
-                raise InputError(f"{name}: {what} reaches from {low:g} to {high:g}: give values in [0, 1]")
+                wrong = high if low >= 0 else low  # also if it is NaN
+                raise InputError(f"{name}: a value of {what} is {wrong:g}: give values in [0, 1]")
 
     checks.add([torch.stack(each.aminmax()) for each in values.values()], check)
 

@@ -295,13 +295,15 @@ def test_a_target_is_named_by_its_image_id():
     ("changes", "message"),
     [
         ({"boxes": "abc"}, "boxes cannot be read as a tensor"),
-        ({"boxes": None}, "boxes cannot be read as a tensor"),
+        ({"masks": None}, "masks is None: give .* or leave it out"),
+        ({"labels": [0]}, r"labels has shape \(1,\): give one label per box, \(2,\)"),
         ({"boxes": [[1, 2, 3]]}, r"boxes has shape \(1, 3\)"),
         ({"boxes": [[1, 2, 3], [1, 2, 3, 4]]}, "boxes cannot be read as a tensor"),
         ({"labels": [0.5, 1.0]}, "labels are torch.float32: give torch.int64"),
         ({"labels": ["cat", "dog"]}, "labels cannot be read as a tensor"),
-        ({"masks": MASKS * 255.0}, "masks reaches from 0 to 255"),
-        ({"masks": MASKS * float("nan")}, "masks reaches from nan to nan"),
+        ({"masks": MASKS * 255.0}, "a value of masks is 255: give"),
+        ({"masks": MASKS * -1.0}, "a value of masks is -1: give"),
+        ({"masks": MASKS * float("nan")}, "a value of masks is nan: give"),
     ],
 )
 def test_what_cannot_be_cast_is_said(changes: dict[str, Any], message: str):
@@ -314,6 +316,12 @@ def test_bounding_boxes_of_another_canvas_are_refused():
     boxes = tv_tensors.BoundingBoxes(BOXES, format="XYXY", canvas_size=(96, 128))
     with pytest.raises(InputError, match=r"canvas of \(96, 128\), .* \(48, 64\) .*both together"):
         batch([IMAGE], [{"boxes": boxes, "labels": [0, 1]}])
+
+
+@pytest.mark.parametrize("key", ["boxes", "labels"])
+def test_a_target_lacks_what_is_none(key: str):
+    with pytest.raises(InputError, match=f"target 0 has no '{key}': give 'boxes'"):
+        batch([IMAGE], [{**target(*BOXES.tolist()), key: None}])
 
 
 def test_targets_that_are_no_dicts_are_refused():
