@@ -21,12 +21,12 @@ def as_provider(model: nn.Module) -> nn.Module:
 
     Raises:
         ProtocolError: neither the model nor an adapter has every part of the protocol, and the message names
-            it; or the model came from `torch.compile`.
+            it; or the model was compiled as a whole.
     """
-    if hasattr(model, "_orig_mod"):
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise ProtocolError(
-            "torch.compile(model) compiles model(images) alone, which training never calls: give the model "
-            "itself, and compile its parts in place, such as model.backbone.compile()"
+            "torch.compile(model) or model.compile() compiles model(images) alone, which training never "
+            "calls: give the model itself, and compile its parts in place, such as model.backbone.compile()"
         )
     provider = model
     if not (hasattr(model, "forward_teacher") or hasattr(model, "forward_student")):

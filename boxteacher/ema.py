@@ -91,7 +91,10 @@ class StepCounter:
     @property
     def has_stepped(self) -> bool:
         """Whether there was a step since the last `advance`; reading it changes nothing."""
-        return self._stepped or any(not found.item() for found in self._found_inf)
+        # Each is read once: a second read would wait for what the device was given in between.
+        self._stepped = self._stepped or any(not found.item() for found in self._found_inf)
+        self._found_inf = []
+        return self._stepped
 
     def advance(self) -> bool:
         """Whether there was a step since the last call; later steps then count as another."""

@@ -14,7 +14,14 @@ from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, TVTensor
 
 from boxteacher.errors import InputError
 from boxteacher.protocol import Target
-from boxteacher.value_checks import ValueChecks, check_boxes, check_image_ranges, check_unit_ranges
+from boxteacher.validation import check_whole
+from boxteacher.value_checks import (
+    ValueChecks,
+    check_box_units,
+    check_boxes,
+    check_image_ranges,
+    check_unit_ranges,
+)
 
 _CONVERTIBLE = (BoundingBoxFormat.XYXY, BoundingBoxFormat.XYWH, BoundingBoxFormat.CXCYWH)
 
@@ -30,14 +37,18 @@ def cast_images(images: Sequence[Any], network: nn.Module, checks: ValueChecks) 
     Raises:
         InputError: `images` is not a list of such images; the message names the one that is not.
     """
+    weights = (parameter for parameter in network.parameters() if parameter.is_floating_point())
+    return cast_images_like(next(weights, torch.zeros(())), images, checks)
+
+
+def cast_images_like(like: Tensor, images: Sequence[Any], checks: ValueChecks) -> list[Tensor]:
+    """Images as `cast_images` returns them, in the type of `like`; arrays and PIL images on its device."""
     if isinstance(images, Tensor):
         raise InputError(f"images is one tensor {tuple(images.shape)}: give a list of (3, H, W)")
     if not isinstance(images, list | tuple):
         raise InputError(f"images is a {type(images).__name__}: give a list of tensors (3, H, W)")
     if not images:
         raise InputError("images is an empty list: give at least one image (3, H, W)")
-    weights = (parameter for parameter in network.parameters() if parameter.is_floating_point())
-    like = next(weights, torch.zeros(()))
     found = [_image(f"image {i}", image, like) for i, image in enumerate(images)]
     check_image_ranges(found, checks)
     return found
@@ -102,7 +113,14 @@ def cast_batch(
         raise InputError(f"{len(tensors)} images came with {len(targets)} targets: give one target per image")
     names = [_name(i, target) for i, target in enumerate(targets)]
     found = [_target(*each) for each in zip(names, targets, tensors, strict=True)]
-    check_boxes(names, [target["boxes"] for target in found], [image.shape[-2:] for image in tensors], checks)
+    boxes, sizes = [target["boxes"] for target in found], [image.shape[-2:] for image in tensors]
+    check_boxes(names, boxes, sizes, checks)
+    # Only targets of a data set have annotation ids, and its reader has looked at all boxes of its file.
+    if not all("annotation_ids" in target for target in found):
+        check_box_units(names, boxes, sizes, checks)
+    regions = [target.get("ignore_boxes", target["boxes"][:0]) for target in found]
+    if any(map(len, regions)):
+        check_boxes(names, regions, sizes, checks, kind="ignore box", may_lie_outside=True)
     for key in ("masks", "mask_confidence"):
         given = {name: target[key] for name, target in zip(names, found, strict=True) if key in target}
         soft = {name: each for name, each in given.items() if each.is_floating_point() and each.numel()}
@@ -115,7 +133,7 @@ def _name(i: int, target: Any) -> str:
     if not isinstance(target, Mapping):
         raise InputError(f"target {i} is a {type(target).__name__}: give a dict with 'boxes' and 'labels'")
     for key in ("boxes", "labels"):
-        if key not in target:
+        if target.get(key) is None:
             raise InputError(f"target {i} has no {key!r}: give 'boxes' (N, 4) and 'labels' (N,)")
     if isinstance(target.get("file_name"), str):
         return f"target {i} ({target['file_name']})"
@@ -128,6 +146,9 @@ def _target(name: str, given: Mapping[str, Any], image: Tensor) -> Target:
     target: dict[str, Any] = {**given, "boxes": _boxes(f"{name}: boxes", given["boxes"], size, device)}
     if "ignore_boxes" in given:
         target["ignore_boxes"] = _boxes(f"{name}: ignore_boxes", given["ignore_boxes"], size, device)
+    if "ignored_bottom_rows" in given:
+        rows = given["ignored_bottom_rows"]
+        check_whole(f"{name}: ignored_bottom_rows", rows, minimum=0, maximum=size[0] - 1)
     count = len(target["boxes"])
     for key, kind, meaning in (
         ("labels", torch.int64, "one label per box"),
@@ -178,6 +199,8 @@ def _tensor(name: str, value: Any, device: torch.device) -> Tensor:
     """A plain tensor of a tensor, which stays on its device, an array, or a list of numbers or of such."""
     if isinstance(value, Tensor):
         return value.as_subclass(Tensor) if isinstance(value, TVTensor) else value
+    if value is None:
+        raise InputError(f"{name} is None: give a tensor, an array or a list of numbers, or leave it out")
     try:
         if isinstance(value, list | tuple) and not all(isinstance(each, int | float) for each in value):
             return torch.stack([_tensor(name, each, device) for each in value])
@@ -207,5 +230,6 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], me
         want is None or want == have for want, have in zip(expected, tensor.shape, strict=True)
     )
     if not fits:
-        shape = "(" + ", ".join("any" if size is None else str(size) for size in expected) + ")"
+        sizes = ", ".join("any" if size is None else str(size) for size in expected)
+        shape = f"({sizes},)" if len(expected) == 1 else f"({sizes})"
         raise InputError(f"{name} has shape {tuple(tensor.shape)}: give {meaning}, {shape}")

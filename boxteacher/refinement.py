@@ -8,15 +8,18 @@ as the two histograms differ. Colors outside the box are surely background, howe
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from boxteacher.crops import cells_in_box, cells_in_image, crop_images, crop_masks, paste_crops
 from boxteacher.errors import InputError
+from boxteacher.inputs import cast_images_like
 from boxteacher.precision import full_precision
 from boxteacher.protocol import Detections
 from boxteacher.targets import rgb_to_lab
+from boxteacher.value_checks import ValueChecks
 
 _BINS = 8  # per color axis, over the crop's own range
 _BIN_FLOOR = 1e-3  # added to both histograms' shares
@@ -30,12 +33,12 @@ _CHUNK = 32  # masks that are refined at once
 
 
 def refine_detections(
-    images: Sequence[Tensor], detections: Sequence[Detections], *, chunk: int = _CHUNK
+    images: Sequence[Any], detections: Sequence[Detections], *, chunk: int = _CHUNK
 ) -> list[Detections]:
     """Detections whose masks are fitted to the colors of their images, cut to their boxes.
 
     Args:
-        images: (3, H_i, W_i) each, RGB in [0, 1].
+        images: tensors (3, H_i, W_i), RGB in [0, 1], or others that `cast_images` takes.
         detections: torchvision's, one dict per image, with masks (K, 1, h_i, w_i) that cover the image; they
             may have been found at another scale than that of `images`.
         chunk: number of masks that are refined at once, which bounds the memory beside the result's.
@@ -44,16 +47,24 @@ def refine_detections(
         Detections in pixels of `images`, with mask probabilities (K, 1, H_i, W_i).
 
     Raises:
-        InputError: the numbers of images and detections differ, or detections have no masks.
+        InputError: the numbers of images and detections differ, detections have no masks, or `images` is not
+            a list of images.
     """
     if len(images) != len(detections):
         raise InputError(f"{len(images)} images and {len(detections)} detections: give one dict per image")
-    return [_refined(image, each, chunk) for image, each in zip(images, detections, strict=True)]
+    for each in detections:
+        if "masks" not in each:
+            raise InputError(f"detections have {', '.join(each)} and no masks: nothing can be refined")
+    found = _cast(images, detections[0]["boxes"]) if detections else []
+    return [_refined(image, each, chunk) for image, each in zip(found, detections, strict=True)]
+
+
+def _cast(images: Sequence[Any], boxes: Tensor) -> list[Tensor]:
+    """Images (3, H_i, W_i) float32 in [0, 1]; arrays and PIL images on the device of the boxes."""
+    return cast_images_like(torch.zeros((), device=boxes.device), images, ValueChecks(cpu_only=True))
 
 
 def _refined(image: Tensor, detections: Detections, chunk: int) -> Detections:
-    if "masks" not in detections:
-        raise InputError(f"detections have {', '.join(detections)} and no masks: nothing can be refined")
     masks, boxes = detections["masks"], detections["boxes"]  # (K, 1, h, w), (K, 4)
     height, width = image.shape[-2:]
     scale = boxes.new_tensor([width / masks.shape[-1], height / masks.shape[-2]]).repeat(2)  # (4,)
@@ -63,17 +74,21 @@ def _refined(image: Tensor, detections: Detections, chunk: int) -> Detections:
     return {**detections, "boxes": boxes * scale, "masks": torch.cat(parts)[:, None]}
 
 
-def refine_masks(image: Tensor, boxes: Tensor, masks: Tensor) -> Tensor:
+def refine_masks(image: Any, boxes: Tensor, masks: Tensor) -> Tensor:
     """Masks of one image fitted to its colors, each 0 outside its box.
 
     Args:
-        image: (3, H, W), RGB in [0, 1].
+        image: tensor (3, H, W), RGB in [0, 1], or another that `cast_images` takes.
         boxes: (N, 4) `x0, y0, x1, y1` in pixels of the image.
         masks: (N, h, w) probabilities that cover the image, possibly at another scale.
 
     Returns:
         (N, H, W) probabilities.
+
+    Raises:
+        InputError: `image` is no such image.
     """
+    (image,) = _cast([image], boxes)
     height, width = image.shape[-2:]
     scale = boxes.new_tensor([masks.shape[-1] / width, masks.shape[-2] / height]).repeat(2)  # (4,)
     index = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)

@@ -73,16 +73,22 @@ class TrainingWrapper(nn.Module):
 
     @property
     def optimizer_steps(self) -> int:
-        """Optimizer steps that the student has taken; the unit of warm-ups. Reading it changes nothing."""
-        counted = int(self.step_count) if self._known_steps is None else self._known_steps
-        return counted + self._counter.has_stepped
+        """Optimizer steps that the student has taken; the unit of warm-ups. Reading it changes nothing.
+
+        It is the buffer `step_count`, with a step that is not yet counted. On another device than the CPU
+        training reads the buffer at its first batch, and again after `load_state_dict`: set it before.
+        """
+        if self._known_steps is None or self.step_count.device.type == "cpu":
+            return int(self.step_count) + self._counter.has_stepped
+        return self._known_steps + self._counter.has_stepped
 
     def optimizer_stepped(self) -> None:
         """Says that the student's weights have moved; call it after a step of an optimizer that is not seen.
 
         Steps of every `torch.optim.Optimizer` over the student's own parameters are seen, and calling this as
-        well changes nothing. An optimizer of another kind is not seen, and neither is one that moves master
-        weights, of which the student's are copies (DeepSpeed, apex O2).
+        well changes nothing directly after the step; after a forward pass, `state_dict()`, `unwrap()` or a
+        copy it counts as another step. An optimizer of another kind is not seen, and neither is one that
+        moves master weights, of which the student's are copies (DeepSpeed, apex O2).
         """
         self._counter.notice()
 

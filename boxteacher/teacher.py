@@ -170,8 +170,10 @@ class BoxTeacher(TrainingWrapper):
         output = self.provider.forward_student(self.augmentation(images), targets)
         color_weight = self.warmup(self.warmup_steps)
         pseudo_weight = self.warmup(self.pseudo_warmup_steps)
-        # Several processes must all count annotated masks, or none of them.
-        with_masks = num_processes() > 1 or any("masks" in target for target in targets)
+        # Several processes must all count annotated masks, or none of them. Looking costs nothing on the CPU.
+        may_be_annotated = is_annotated.device.type != "cpu" or bool(is_annotated.any())
+        has_masks = may_be_annotated and any("masks" in target for target in targets)
+        with_masks = num_processes() > 1 or has_masks
         mask_losses = []
         for predictions in self.mask_predictions(output, grid, truth):
             logits, index = predictions.logits, predictions.target_index  # (M, h, w), (M,)
@@ -205,10 +207,13 @@ class BoxTeacher(TrainingWrapper):
         """Lets an EMA teacher follow the optimizer step since the last call; forward passes do it.
 
         Raises:
-            InputError: the student was changed after it was wrapped (LoRA, a new head).
+            InputError: the student's weights have other names or shapes than when it was wrapped (LoRA, a
+                head of more classes).
         """
-        if self.count_step() and isinstance(self.teacher, EMATeacher):
+        # The step counts only after the update, so that a student that was changed is refused by every call.
+        if isinstance(self.teacher, EMATeacher) and self._counter.has_stepped:
             self.teacher.update(self.student, self.optimizer_steps)
+        self.count_step()
 
     def watch_student(self) -> None:
         """Also checks that an EMA teacher can see the student's weights."""

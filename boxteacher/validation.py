@@ -104,10 +104,11 @@ def check_range(
         raise InputError(f"{name} is {value!r}: give a number {lower}{upper}")
 
 
-def check_whole(name: str, value: object, *, minimum: int) -> None:
-    """Raises InputError unless `value` is a whole number, at least `minimum`."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
-        raise InputError(f"{name} is {value!r}: give a whole number, at least {minimum}")
+def check_whole(name: str, value: object, *, minimum: int, maximum: float = math.inf) -> None:
+    """Raises InputError unless `value` is a whole number from `minimum` to `maximum`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or not minimum <= int(value) <= maximum:
+        upper = f" and at most {maximum}" if maximum < math.inf else ""
+        raise InputError(f"{name} is {value!r}: give a whole number, at least {minimum}{upper}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

@@ -1,5 +1,6 @@
 """Images and targets as users give them: what is cast, what a network receives, and what is refused."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -184,10 +185,6 @@ BAD_BOXES = {
     "beyond the right edge": ([[700, 2, 800, 40]], r"box 0, \[700, .*640 wide and 480 high, lies outside it"),
     "beyond the bottom": ([[1, 2, 3, 4], [1, 480, 9, 500]], r"box 1, .* lies outside it: give pixels"),
     "left of the image": ([[-9, 2, 0, 40]], r"box 0, \[-9, 2, 0, 40\] .* lies outside it"),
-    "parts of the size": (
-        [[0.1, 0.2, 0.5, 0.9], [0, 0, 1, 1]],
-        r"box 0, .* not reach beyond 1: give pixels, not parts",
-    ),
     "NaN": ([[1, 2, float("nan"), 4]], r"box 0, \[1, 2, nan, 4\].* NaN or infinite"),
 }
 
@@ -203,10 +200,90 @@ def test_a_box_that_cannot_be_meant_is_named_with_image_and_remedy(wrapper: Any,
     assert "\n" not in str(caught.value)
 
 
+def test_a_batch_of_boxes_that_are_shares_of_their_images_is_refused():
+    boxes = [[0.1, 0.2, 0.5, 0.9], [0, 0, 1, 1]]
+    with pytest.raises(InputError, match=r"^target 0: box 0, .* not reach beyond 1: give pixels, not parts"):
+        batch([IMAGE, IMAGE], [target(*boxes), target(boxes[0])])
+
+
+TINY = target((0, 0, 0.7875, 0.7875))
+OTHER_TINY = target((0, 0, 0.5, 0.7))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        [TINY],
+        [TINY, target()],
+        [TINY, TINY],  # one image, repeated
+        [target((0, 0, 1, 1)), target((0, 0, 1, 1), (0, 0, 1, 1))],
+        [{**each, "annotation_ids": [7]} for each in (TINY, OTHER_TINY)],  # of a data set
+    ],
+)
+def test_tiny_boxes_in_the_corner_of_an_image_pass(targets: Any):
+    _, found = batch([IMAGE] * len(targets), targets)
+    assert torch.equal(found[0]["boxes"], targets[0]["boxes"])
+
+
+HARDLY_PIXELS = {
+    "x, y, width, height": ([[30, 30, 500, 600]], r"box 0, \[30, 30, 500, 600\] .* ends far beyond it"),
+    "of a larger image": ([[1, 2, 9, 9], [20, 20, 160, 160], [9, 9, 99, 80]], r"box 1, .* ends far beyond"),
+    "shares of one image": ([[0.1, 0.2, 0.5, 0.9], [0, 0, 1, 1]], r"box 0, .* not reach beyond 1: if it"),
+}
+
+
+@pytest.mark.parametrize("fault", HARDLY_PIXELS)
+def test_boxes_that_are_hardly_pixels_of_their_images_are_warned_of_once(fault: str, caplog, monkeypatch):
+    monkeypatch.setattr("boxteacher.value_checks._warned", False)
+    boxes, message = HARDLY_PIXELS[fault]
+    for _ in range(2):
+        batch([IMAGE], [target(*boxes)])
+    (record,) = caplog.records
+    assert re.match(f"target 0: {message}.*give ", record.getMessage())
+
+
+def test_boxes_that_end_beyond_their_images_now_and_then_are_not_warned_of(caplog, monkeypatch):
+    monkeypatch.setattr("boxteacher.value_checks._warned", False)
+    batch([IMAGE], [target((1, 2, 9, 9), (20, 20, 160, 160))])
+    batch([IMAGE], [target((1, 2, 90, 70))])
+    assert not caplog.records
+
+
 def test_boxes_at_and_over_the_edges_pass():
     boxes = [[-5, -5, 3, 3], [60, 40, 64, 48], [63.9, 47.9, 90, 90], [0, 0, 64, 48], [0.2, 0.2, 0.4, 0.4]]
     _, (found,) = batch([IMAGE], [target(*boxes)])
     assert len(found["boxes"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ([30, 20, 10, 16], r"ignore box 1, \[30, 20, 10, 16\] .* no width or height: give x0, y0, x1, y1"),
+        ([1, 2, float("nan"), 4], r"ignore box 1, \[1, 2, nan, 4\] .* NaN or infinite"),
+    ],
+)
+def test_an_ignore_box_that_cannot_be_meant_is_named(box: list[float], message: str):
+    regions = [[0, 0, 9, 9], box]
+    with pytest.raises(InputError, match=rf"^target 1: {message}"):
+        batch([IMAGE, IMAGE], [target(), {**target(), "ignore_boxes": regions}])
+
+
+def test_an_ignore_box_may_lie_outside_its_image():
+    _, (found,) = batch([IMAGE], [{**target(), "ignore_boxes": [[-30, 0, -9, 9]]}])
+    assert found["ignore_boxes"].tolist() == [[-30, 0, -9, 9]]
+
+
+@pytest.mark.parametrize("rows", [48, 100, -1, 2.5, True, "10", None])
+def test_ignored_bottom_rows_that_are_not_rows_of_the_image_are_refused(rows: Any):
+    message = r"^target 0: ignored_bottom_rows is .*: give a whole number, at least 0 and at most 47$"
+    with pytest.raises(InputError, match=message):
+        batch([IMAGE], [{**target(), "ignored_bottom_rows": rows}])
+
+
+def test_ignored_bottom_rows_are_any_whole_number():
+    for rows in (0, 47, np.int64(5)):
+        _, (found,) = batch([IMAGE], [{**target(), "ignored_bottom_rows": rows}])
+        assert found["ignored_bottom_rows"] == rows
 
 
 def test_a_target_is_named_by_its_image_id():
@@ -218,13 +295,15 @@ def test_a_target_is_named_by_its_image_id():
     ("changes", "message"),
     [
         ({"boxes": "abc"}, "boxes cannot be read as a tensor"),
-        ({"boxes": None}, "boxes cannot be read as a tensor"),
+        ({"masks": None}, "masks is None: give .* or leave it out"),
+        ({"labels": [0]}, r"labels has shape \(1,\): give one label per box, \(2,\)"),
         ({"boxes": [[1, 2, 3]]}, r"boxes has shape \(1, 3\)"),
         ({"boxes": [[1, 2, 3], [1, 2, 3, 4]]}, "boxes cannot be read as a tensor"),
         ({"labels": [0.5, 1.0]}, "labels are torch.float32: give torch.int64"),
         ({"labels": ["cat", "dog"]}, "labels cannot be read as a tensor"),
-        ({"masks": MASKS * 255.0}, "masks reaches from 0 to 255"),
-        ({"masks": MASKS * float("nan")}, "masks reaches from nan to nan"),
+        ({"masks": MASKS * 255.0}, "a value of masks is 255: give"),
+        ({"masks": MASKS * -1.0}, "a value of masks is -1: give"),
+        ({"masks": MASKS * float("nan")}, "a value of masks is nan: give"),
     ],
 )
 def test_what_cannot_be_cast_is_said(changes: dict[str, Any], message: str):
@@ -237,6 +316,12 @@ def test_bounding_boxes_of_another_canvas_are_refused():
     boxes = tv_tensors.BoundingBoxes(BOXES, format="XYXY", canvas_size=(96, 128))
     with pytest.raises(InputError, match=r"canvas of \(96, 128\), .* \(48, 64\) .*both together"):
         batch([IMAGE], [{"boxes": boxes, "labels": [0, 1]}])
+
+
+@pytest.mark.parametrize("key", ["boxes", "labels"])
+def test_a_target_lacks_what_is_none(key: str):
+    with pytest.raises(InputError, match=f"target 0 has no '{key}': give 'boxes'"):
+        batch([IMAGE], [{**target(*BOXES.tolist()), key: None}])
 
 
 def test_targets_that_are_no_dicts_are_refused():

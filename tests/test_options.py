@@ -1,11 +1,13 @@
 """Options declared once: a field on the command line, in the checks and in the docs."""
 
 import argparse
+import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from boxteacher import InputError
@@ -82,6 +84,15 @@ def test_the_error_for_an_invalid_value_names_option_value_and_range(name, value
 @pytest.mark.parametrize(("name", "value"), [("rate", 1), ("rate", 1e-9), ("steps", 1), ("sides", ())])
 def test_inclusive_bounds_are_allowed(name, value):
     assert getattr(Settings(**{"data": Path("a"), name: value}), name) == value
+
+
+def test_a_number_of_numpy_is_a_plain_one():
+    given = Settings(Path("a"), steps=np.int64(5), rate=np.float32(0.5), sides=[np.int32(4), 5])
+    plain = Settings(Path("a"), steps=5, rate=0.5, sides=[4, 5])
+    assert given == plain
+    assert json.dumps({**asdict(given), "data": ""}) == json.dumps({**asdict(plain), "data": ""})
+    with pytest.raises(InputError, match=r"steps is 5\.0: give a whole number"):
+        Settings(Path("a"), steps=np.float64(5))
 
 
 def test_a_path_may_be_text():

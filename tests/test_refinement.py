@@ -1,7 +1,11 @@
 """Color refinement: masks on crops round their boxes, fitted to the colors of the image."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 from torchvision.ops import masks_to_boxes
@@ -139,6 +143,34 @@ def test_bad_detections_are_named():
         refine_detections([torch.rand(3, 8, 8)] * 2, [{}])
     with pytest.raises(InputError, match="no masks"):
         refine_detections([torch.rand(3, 8, 8)], [{"boxes": torch.zeros(0, 4)}])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda image: image,
+        lambda image: image.permute(1, 2, 0).numpy(),
+        lambda image: Image.fromarray(image.permute(1, 2, 0).numpy()),
+    ],
+    ids=["bytes", "array", "PIL"],
+)
+def test_an_image_of_any_kind_gives_the_same_masks(given: Callable[[Tensor], Any]):
+    image, mask, box = scene()
+    pixels = (image * 255).round().byte()  # (3, H, W)
+    expected = refine_masks(pixels / 255, box, coarse(mask))
+    assert torch.equal(refine_masks(given(pixels), box, coarse(mask)), expected)
+    found = {"boxes": box, "masks": coarse(mask)[None]}
+    (refined,) = refine_detections([given(pixels)], [found])
+    assert torch.equal(refined["masks"][0], expected)
+
+
+def test_an_image_that_is_scaled_to_255_is_refused():
+    image, mask, box = scene()
+    with pytest.raises(InputError, match=r"image 0 has values .* give RGB in \[0, 1\]"):
+        refine_masks(image * 255, box, coarse(mask))
+    found = {"boxes": box, "masks": coarse(mask)[None]}
+    with pytest.raises(InputError, match=r"image 1 has values"):
+        refine_detections([image, image * 255], [found, found])
 
 
 def test_gradients_flow_through_the_mask():

@@ -333,6 +333,25 @@ def test_telling_a_step_that_was_seen_changes_nothing():
     assert model.optimizer_steps == 1
 
 
+def test_telling_a_step_that_was_counted_counts_another():
+    model = small_teacher()
+    step(model, sgd(model))
+    model.state_dict()
+    model.optimizer_stepped()
+    assert model.optimizer_steps == 2
+
+
+def test_a_count_that_is_written_to_the_buffer_is_read():
+    """As DistributedDataParallel does that wraps a model after its first batch."""
+    model = small_teacher()
+    step(model, sgd(model))
+    model.step_count.fill_(2)
+    assert model.optimizer_steps == 3
+    assert model.warmup(8) == 0.5
+    total_loss(model)
+    assert model.step_count == model.optimizer_steps == 3
+
+
 @pytest.mark.parametrize("wrapper", [BoxTeacher, BoxSupervised])
 def test_losses_without_any_step_are_warned_of_once(wrapper: type[TrainingWrapper], caplog, monkeypatch):
     monkeypatch.setattr("boxteacher.supervision._BATCHES_WITHOUT_STEP", 4)
@@ -427,10 +446,23 @@ def test_a_student_that_is_changed_after_wrapping_is_named_in_one_line(change: s
     else:
         student.norm, named = nn.Identity(), "norm.weight"
     step(model, sgd(model))
-    with pytest.raises(InputError, match=rf"^the student was changed after.*{named}.*") as caught:
-        total_loss(model)
-    assert "\n" not in str(caught.value)
+    for _ in range(2):
+        with pytest.raises(InputError, match=rf"^the student was changed after.*{named}.*") as caught:
+            total_loss(model)
+        assert "\n" not in str(caught.value)
     assert torch.equal(weights(model.teacher), teacher)
+
+
+def test_a_new_layer_of_the_same_shapes_moves_the_average_from_the_old_one():
+    model = small_teacher()
+    step(model, sgd(model))
+    model.synchronize()
+    old = model.teacher.model.logit.weight.detach().clone()
+    model.student.logit = nn.Conv2d(8, 1, 1)
+    step(model, sgd(model))
+    model.synchronize()
+    new = model.student.logit.weight.detach()
+    assert_close(model.teacher.model.logit.weight.detach(), old.lerp(new, 1 / 3))
 
 
 def test_a_student_that_is_replaced_after_wrapping_is_refused_in_one_line():

@@ -1,5 +1,7 @@
 """A training step of BoxTeacher: its losses, their weights and warm-ups, and invariances."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -90,8 +92,13 @@ def test_a_target_s_mask_of_less_confidence_has_the_losses_of_that_pseudo_mask()
     other = teacher_of(script(), warmup_steps=10)
     given = numbers(other(IMAGES, kept))
     assert other.teacher.model.teacher_calls == []  # no target is without a mask
-    assert given.pop("loss_mask") == 0
     assert given == pytest.approx(proposed, rel=1e-6)
+
+
+@pytest.mark.parametrize("more", [{"mask_confidence": [0.5, 0.25]}, {"has_mask": [False, False]}])
+def test_a_batch_without_annotated_masks_has_no_mask_loss(more: dict[str, Any]):
+    targets = [{**TARGETS[0], "masks": ANNOTATED, **more}, TARGETS[1]]
+    assert "loss_mask" not in teacher_of(PLAN)(IMAGES, targets)
 
 
 def test_the_teacher_is_not_run_where_every_target_has_a_mask():

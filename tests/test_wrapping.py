@@ -14,9 +14,17 @@ from tests.support import ScriptedSegmenter
 from tests.teaching_support import IMAGES, PLAN, TARGETS, numbers
 
 
+def compiled_in_place(segmenter: nn.Module) -> nn.Module:
+    segmenter.compile(backend="eager")
+    return segmenter
+
+
+@pytest.mark.parametrize(
+    "compile_network", [lambda model: torch.compile(model, backend="eager"), compiled_in_place]
+)
 @pytest.mark.parametrize("wrap", [BoxTeacher, BoxSupervised, EMATeacher])
-def test_a_compiled_network_is_refused_with_the_remedy(wrap: Any):
-    compiled = torch.compile(ScriptedSegmenter(), backend="eager")
+def test_a_compiled_network_is_refused_with_the_remedy(wrap: Any, compile_network: Any):
+    compiled = compile_network(ScriptedSegmenter())
     with pytest.raises(ProtocolError, match=r"compiles model\(images\) alone.*model.backbone.compile\(\)"):
         wrap(compiled)
 

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -111,7 +112,7 @@ def options_of(settings: type) -> Iterator[Option]:
 def resolve_options(settings: Any) -> None:
     """Resolves defaults that depend on other options and checks every value; call it in `__post_init__`.
 
-    Lists become tuples, and names of files paths.
+    Lists become tuples, names of files paths, and numbers of other types, such as numpy's, Python's own.
 
     Raises:
         InputError: a value is of another type or out of range; the message names option, value and range.
@@ -122,11 +123,19 @@ def resolve_options(settings: Any) -> None:
             value = each.default(settings)
         if each.is_tuple and isinstance(value, list):
             value = tuple(value)
+        value = tuple(map(_plain_number, value)) if isinstance(value, tuple) else _plain_number(value)
         if each.kind is Path and isinstance(value, str) and value not in each.choices:
             value = Path(value)
         if not each.allows(value):
             raise InputError(f"{each.name} is {value!r}: give {each.expected}")
         object.__setattr__(settings, each.name, value)
+
+
+def _plain_number(value: Any) -> Any:
+    """A number as bool, int or float, which every file of settings can hold; anything else as it is."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
 
 
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
