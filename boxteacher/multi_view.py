@@ -77,6 +77,7 @@ class MultiViewTeacher(EMATeacher):
             grid: mask grid of the result; its stride may differ from the segmenter's.
 
         Raises:
+            InputError: images and targets do not fit together.
             ProtocolError: the segmenter's masks do not lie on its own grid.
         """
         images, targets = cast_batch(images, targets, self.model, ValueChecks(cpu_only=True))

@@ -2,7 +2,7 @@
 
 Nothing is trained, so any segmenter's detections can pass through it, and pseudo masks too. Each cell of a
 crop has a unary term, the mask's own logit plus the log ratio of two color histograms (of the mask, and of
-what lies outside the box), and is drawn to its neighbors of similar color by mean-field steps, as in GrabCut
+what lies outside the box), and is pulled to its neighbors of similar color by mean-field steps, as in GrabCut
 (Rother et al., SIGGRAPH 2004) and dense CRFs (Krähenbühl and Koltun, NeurIPS 2011). The colors count as far
 as the two histograms differ. Colors outside the box are surely background, however wrong the mask is.
 """
@@ -129,8 +129,8 @@ def refine_crops(colors: Tensor, masks: Tensor, in_image: Tensor) -> Tensor:
             color = ratio.gather(1, bins).view_as(masks)  # (N, S, S)
             unary = (own + _color_weight(separation) * color).clamp(-_UNARY_LIMIT, _UNARY_LIMIT)
             for _ in range(_STEPS):
-                drawn = _neighbors_vote(2 * masks - 1, ties)  # (N, S, S)
-                masks = (unary + _tie_weight(separation) * drawn).sigmoid() * in_box
+                votes = _neighbors_vote(2 * masks - 1, ties)  # (N, S, S)
+                masks = (unary + _tie_weight(separation) * votes).sigmoid() * in_box
     return masks
 
 

@@ -154,7 +154,7 @@ def _check_image(path: Path, size: tuple[int, int]) -> Problem | None:
         return _unreadable(path, error)
     if orientation != 1 and stored == upright:
         what = f"it is turned by its EXIF orientation, {orientation}, as annotation tools show it"
-        remedy = "remove that from the file if its boxes were drawn on the pixels as stored"
+        remedy = "remove that from the file if its boxes are those of the pixels as stored"
         return Problem(path, "", what, remedy, "warning")
     if told_by_maximum:
         return _guessed_white(path, bits, white)
